@@ -1,0 +1,452 @@
+"""The engine: one loop for every place, that yields events. A step is compute -> reduce -> commit, and can be retried.
+
+Nothing is yielded inside a context that changes process state (no_grad, autocast): it would leak to the consumer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anyfit.data import Batches
+from anyfit.errors import InputError, Lost, NonFinite, RunError, TaskError
+from anyfit.schedule import Schedule
+from anyfit.state import Position, State
+from anyfit.metrics import Accumulator
+from anyfit.task import Step, Task, evaluating, measure
+from anyfit.tree import clone, map_tensors
+from anyfit.values import Plan
+
+__all__ = ["Alone", "Stateful", "Stepped", "Trainer", "Workers", "evaluate", "make_trainer", "pick_device", "predict", "totals", "train"]
+
+Count = int | Tensor
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What may stand in `trainer.extras`: an EMA, masks, counters."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Workers(Protocol):
+    """Who computes a step together: `Alone`, or a cluster's group."""
+
+    alone: bool
+
+    def share(self, step: int, size: int) -> slice | None:
+        """The part of a step's samples that this worker takes; None for all."""
+
+    def reduce(self, gradients: Sequence[Tensor], count: Count) -> Count:
+        """Add gradients in place and counts over all workers; raises Lost, upon which the same step is tried again."""
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any worker raised the flag."""
+
+
+class Alone:
+    """One process: nothing to share, nothing to wait for."""
+
+    alone = True
+
+    def share(self, step: int, size: int) -> slice | None:
+        return None
+
+    def reduce(self, gradients: Sequence[Tensor], count: Count) -> Count:
+        return count
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+
+@dataclass(slots=True)
+class Stepped:
+    """An optimizer step was taken. `loss` and `count` are still on the device."""
+
+    position: Position  # what comes next
+    loss: Tensor
+    count: Count
+    epoch: int  # of the step
+    offset: int  # of the step within its epoch
+    logs: Mapping[str, Tensor] | None = None
+    ends_epoch: bool = False
+
+
+Correct = Callable[[Sequence[Tensor], float], None]
+
+
+class Trainer:
+    """The live objects of one fit."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        optimizers: dict[str, Optimizer],
+        schedules: dict[str, Schedule],
+        plan: Plan,
+        device: torch.device,
+        *,
+        workers: Workers | None = None,
+        correct: Correct | None = None,
+    ) -> None:
+        self.task, self.model, self.optimizers, self.schedules = task, model, optimizers, schedules
+        self.plan, self.device, self.workers, self.correct = plan, device, workers or Alone(), correct
+        self.position = Position()
+        self.extras: dict[str, Stateful] = {}
+        self.steps: list[Step] = []  # what the current optimizer step was made of
+        self.nominal = 1.0  # the count that gradients are scaled by before they are divided by the true one
+        self.scaler = torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None
+        self._parameters = {name: [p for group in optimizer.param_groups for p in group["params"]] for name, optimizer in optimizers.items()}
+        self._trained = list({id(p): p for parameters in self._parameters.values() for p in parameters}.values())
+        self._counts: list[Count] = []  # of the batches since the last apply
+        self._expects_more = False  # whether the window has several batches
+        self._summed = False  # whether gradients are sums over nominal, or still the mean of one batch
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The plan's precision as a context."""
+        if self.plan.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[self.plan.precision])
+
+    def backward(self, step: Step) -> None:
+        """Add count / nominal x gradient, so that no sum overflows in fp16. A window of one batch skips the multiplication."""
+        if not isinstance(step, Step):
+            raise TaskError(f"step() of {type(self.task).__name__} returned a {type(step).__name__}; return anyfit.Step(loss, count, ...)")
+        self.steps.append(step)
+        if not self._counts:
+            self._summed = self._expects_more or not self.workers.alone
+        elif not self._summed:  # a second batch after all: what stands is the first one's mean
+            self._scale(self._trained, self._counts[0] / self.nominal)
+            self._summed = True
+        self._counts.append(step.count)
+        loss = step.loss * (step.count / self.nominal) if self._summed else step.loss
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        if self.plan.precision == "fp32":
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            with torch.autocast(self.device.type, enabled=False):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _scale(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            if isinstance(factor, Tensor):  # a float64 factor would not multiply float32 gradients in place
+                factor = factor.to(gradients[0].device, torch.promote_types(gradients[0].dtype, torch.float32))
+            torch._foreach_mul_(gradients, factor)
+
+    def apply(self, name: str | None = None) -> None:
+        """Reduce -> divide -> unscale -> correct -> clip -> optimizer step, for one optimizer or all; then a new sum begins."""
+        if not self._counts and self.workers.alone:
+            raise TaskError("apply() was called before backward(); a step needs at least one batch")
+        names = list(self.optimizers) if name is None else [name]
+        if name is not None and name not in self.optimizers:
+            raise TaskError(f"apply(name={name!r}) names no optimizer; there are: {', '.join(self.optimizers)}")
+        parameters = self._trained if name is None else self._parameters[name]
+        if self._summed or not self.workers.alone:
+            count: Count = sum(self._counts[1:], start=self._counts[0]) if self._counts else 0
+            if not self.workers.alone:
+                for parameter in parameters:  # a share of no samples adds nothing, but takes part
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                count = self.workers.reduce([p.grad for p in parameters if p.grad is not None], count)
+            # where nothing counted (all labels ignored) the gradients are zero and stay zero
+            total = count.double().clamp(min=1e-30) if isinstance(count, Tensor) else max(count, 1e-30)
+            self._scale(parameters, self.nominal / total)
+        for optimizer_name in names:
+            self._commit(optimizer_name)
+        if self.plan.precision != "fp32":
+            torch.clear_autocast_cache()  # casts of the old weights would serve the next pass of an own inner loop
+        for parameter in self._trained:
+            parameter.grad = None
+        self._counts, self._summed = [], False
+
+    def _commit(self, name: str) -> None:
+        optimizer, parameters = self.optimizers[name], self._parameters[name]
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        if self.correct is not None:
+            self.correct([p.grad for p in parameters if p.grad is not None], optimizer.param_groups[0]["lr"])
+        if self.plan.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.plan.clip)
+        if self.scaler is not None:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+
+    def forget(self) -> None:
+        """Drop gradients and counts of a step that will be tried again or given up."""
+        for parameter in self._trained:
+            parameter.grad = None
+        self._counts, self._summed, self.steps = [], False, []
+
+    def learning_rate(self) -> float:
+        """Of the first group of the first optimizer."""
+        return float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
+
+    def snapshot(self, schema: Mapping[str, Any] | None = None, progress: Mapping[str, Any] | None = None) -> State:
+        """A copy of all that a resume needs."""
+        return State(
+            model=clone(dict(self.model.state_dict(keep_vars=False))),
+            optimizers={name: clone(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
+            schedules={name: clone(schedule.scheduler.state_dict()) for name, schedule in self.schedules.items()},
+            scaler={} if self.scaler is None else self.scaler.state_dict(),
+            rng=random_state(self.device),
+            extras={name: clone(extra.state_dict()) for name, extra in self.extras.items()},
+            schema=schema,
+            progress=progress or {},
+            position=self.position,
+        )
+
+    def restore(self, state: State) -> None:
+        """Go to a snapshot; it stays as it was."""
+        load_model(self.model, state.model)
+        for name, optimizer in self.optimizers.items():
+            # load_state_dict keeps the tensors that it is given, and fused kernels want the strides of the parameters
+            optimizer.load_state_dict(clone(state.optimizers[name]))
+        for name, schedule in self.schedules.items():
+            schedule.scheduler.load_state_dict(clone(state.schedules[name]))
+        if self.scaler is not None and state.scaler:
+            self.scaler.load_state_dict(dict(state.scaler))
+        for name, extra in self.extras.items():
+            if name in state.extras:
+                extra.load_state_dict(clone(state.extras[name]))
+        self.position = state.position
+        self.forget()
+        set_random_state(state.rng, self.device)
+
+
+def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model, names and shapes being equal."""
+    own = model.state_dict()
+    missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    wrong = sorted(name for name in set(own) & set(weights) if own[name].shape != weights[name].shape)
+    if missing or extra or wrong:
+        details = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not in the model: {', '.join(extra)}"] * bool(extra)
+        details += [f"{name}: {tuple(weights[name].shape)} for {tuple(own[name].shape)}" for name in wrong]
+        raise InputError(f"weights do not fit the model ({'; '.join(details)}); pass those of the same task, or weights_partial=True")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """All generators that a step may draw from."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, place, has_gauss, cached = numpy_state
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": [version, torch.tensor(words), gauss],  # data sets and transforms of users draw from these two
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(cached)],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go back to what `random_state` gave."""
+    if not state:
+        return
+    torch.set_rng_state(state["cpu"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda[:i] or mps; refused where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device (={name!r}) must be auto, cpu, cuda, cuda:<number> or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device (={name!r}) is not there: this torch sees {torch.cuda.device_count()} CUDA devices; use device='auto' or 'cpu'")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device (='mps') is not there; use device='auto' or 'cpu'")
+    return device
+
+
+def make_trainer(task: Task, model: nn.Module, plan: Plan, total_steps: int, device: torch.device, **options: Any) -> Trainer:
+    """Model to device and type, then optimizers and schedules as the task builds them."""
+    model.to(device=device, dtype=getattr(torch, plan.dtype))
+    if plan.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    built = task.build_optimizer(model)
+    optimizers = dict(built) if isinstance(built, Mapping) else {"main": built}
+    scheduled = task.build_schedule(built, total_steps)
+    if scheduled is None:
+        schedules = {}
+    else:
+        schedules = dict(scheduled) if isinstance(scheduled, Mapping) else {"main": scheduled}
+    for name, schedule in schedules.items():
+        if not isinstance(schedule, Schedule):
+            raise TaskError(f"build_schedule gave a {type(schedule).__name__} for {name!r}; wrap it: anyfit.Schedule(scheduler, every='step')")
+    return Trainer(task, model, optimizers, schedules, plan, device, **options)
+
+
+def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Stepped]:
+    """Steps from the trainer's position to `total_steps`, one event each. The consumer may stop, evaluate, save between any two."""
+    task, schedules = trainer.task, trainer.schedules
+    each_step = [schedule for schedule in schedules.values() if schedule.every == "step"]
+    each_epoch = [schedule for schedule in schedules.values() if schedule.every == "epoch"]
+    trainer.model.train()
+    trainer.nominal = float(getattr(batches, "step_size", trainer.plan.batch_size or 1))
+    while trainer.position.step < total_steps:
+        here = trainer.position
+        loss, count, logs = _step(trainer, task, batches)
+        ends = here.offset + 1 == batches.steps_per_epoch
+        if loss is None:  # a stream that ended where its epoch ends
+            if here.offset == 0:
+                raise RunError("the data gave no batch; check the loader")
+            trainer.position = Position(here.step, here.epoch + 1, 0)
+            for schedule in each_epoch:
+                schedule.advance()
+            continue
+        for schedule in each_step:
+            schedule.advance()
+        if ends:
+            for schedule in each_epoch:
+                schedule.advance()
+            trainer.position = Position(here.step + 1, here.epoch + 1, 0)
+        else:
+            trainer.position = Position(here.step + 1, here.epoch, here.offset + 1)
+        yield Stepped(trainer.position, loss, count, here.epoch, here.offset, logs, ends)
+
+
+def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
+    """One transaction: on Lost, random numbers and buffers go back and the same step is tried again from untouched weights."""
+    workers = trainer.workers
+    undo = None if workers.alone else (random_state(trainer.device), [clone(b) for b in trainer.model.buffers()])
+    while True:
+        position = trainer.position
+        share = workers.share(position.step, getattr(batches, "step_size", 0))
+        window = batches.window(position, share)
+        if not window and workers.alone:
+            return None, 0, None
+        trainer.steps = []
+        trainer._expects_more = len(window) > 1
+        try:
+            if trainer.plan.precision == "fp32":
+                task.train_step(trainer, window)
+            else:
+                with trainer.autocast():
+                    task.train_step(trainer, window)
+        except Lost:
+            assert undo is not None
+            trainer.forget()
+            set_random_state(undo[0], trainer.device)
+            with torch.no_grad():
+                for buffer, before in zip(trainer.model.buffers(), undo[1], strict=True):
+                    buffer.copy_(before)
+            continue
+        break
+    if trainer._counts:
+        raise TaskError(f"train_step of {type(task).__name__} ended after backward() without apply(); call trainer.apply()")
+    steps, trainer.steps = trainer.steps, []
+    return _joined(steps)
+
+
+def _joined(steps: Sequence[Step]) -> tuple[Tensor, Count, Mapping[str, Tensor] | None]:
+    """Loss, count and logs of a window."""
+    if not steps:
+        raise TaskError("train_step called no trainer.backward(); pass it the Step of at least one batch")
+    if len(steps) == 1:
+        return steps[0].loss.detach(), steps[0].count, steps[0].logs
+    count: Count = sum((step.count for step in steps[1:]), start=steps[0].count)
+    divisor = count.clamp(min=1) if isinstance(count, Tensor) else count
+    loss = sum((step.loss.detach() * step.count for step in steps[1:]), start=steps[0].loss.detach() * steps[0].count) / divisor
+    names = {name for step in steps for name in step.logs or {}}
+    logs = {name: torch.stack([step.logs[name].detach() * step.count for step in steps if step.logs]).sum() / divisor for name in sorted(names)}
+    return loss, count, logs or None
+
+
+@dataclass(slots=True)
+class Losses:
+    """Losses since the last line of the log, left on the device; reading them finds the step that went wrong."""
+
+    events: list[Stepped] = field(default_factory=list)
+
+    def read(self) -> tuple[float, dict[str, float]] | None:
+        """The mean loss and means of logs since the last call; raises NonFinite with the first bad step. One host sync."""
+        events, self.events = self.events, []
+        if not events:
+            return None
+        losses = torch.stack([event.loss for event in events]).double()
+        counts = torch.stack([torch.as_tensor(event.count, device=losses.device) for event in events]).double()
+        parts = torch.stack((losses, counts)).tolist()
+        for event, loss, count in zip(events, *parts, strict=True):
+            if not abs(loss) < float("inf") and count > 0:
+                raise NonFinite(
+                    f"loss (={loss}) is not finite at step {event.position.step} (epoch {event.epoch}, batch {event.offset}); lower the learning "
+                    "rate, clip gradients (clip=1.0) or look at that batch. The last checkpoint is untouched."
+                )
+        total = sum(parts[1])
+        mean = sum(loss * count for loss, count in zip(*parts, strict=True) if count > 0) / total if total else 0.0
+        names = {name for event in events for name in event.logs or {}}
+        logs = {}
+        for name in sorted(names):
+            chosen = [(event.logs[name], count) for event, count in zip(events, parts[1], strict=True) if event.logs and name in event.logs]
+            weight = sum(count for _, count in chosen)
+            logs[name] = sum(float(value) * count for value, count in chosen) / weight if weight else 0.0
+        return mean, logs
+
+
+@contextlib.contextmanager
+def _quietly(model: nn.Module, autocast: contextlib.AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Without gradients, in evaluation mode, in the given precision."""
+    with autocast or contextlib.nullcontext(), torch.no_grad(), evaluating(model):
+        yield
+
+
+def evaluate(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> dict[str, Any]:
+    """The task's evaluation: figures by name."""
+    with _quietly(model, autocast):
+        result = task.evaluate(model, batches)
+    if not isinstance(result, dict) or "loss" not in result:
+        raise TaskError(f"evaluate of {type(task).__name__} must return a dict with at least 'loss'; it gave {result!r}")
+    return {name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for name, value in result.items()}
+
+
+def totals(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> Accumulator:
+    """Additive totals of loss and metrics, for adding to those of other workers."""
+    with _quietly(model, autocast):
+        return measure(task, model, batches, None if batches.schema is None else task.metrics(batches.schema))
+
+
+def predict(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> Iterator[Any]:
+    """Predictions batch by batch, on the CPU."""
+    for batch in batches:
+        with _quietly(model, autocast):
+            outputs = map_tensors(lambda tensor: tensor.detach().cpu(), task.predict(model, batch))
+        yield outputs

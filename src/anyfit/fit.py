@@ -1,0 +1,623 @@
+"""fit, evaluate, predict, check: a task and data on this machine. Joins the engine's loop, the run's records and the state."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from anyfit import data, engine
+from anyfit.data import Batches, Rows, Source
+from anyfit.engine import Losses, Stepped, Trainer
+from anyfit.errors import DataError, InputError, NonFinite, StateError
+from anyfit.load import load, reference
+from anyfit.run import Folder, Run, environment, read_record
+from anyfit.schema import Schema
+from anyfit.state import Position, State, load_weights
+from anyfit.task import Task, task_code, task_values
+from anyfit.tree import clone, leaves, map_tensors
+from anyfit.values import Plan
+
+__all__ = ["Event", "evaluate", "fit", "open_run", "predict"]
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], object]
+Origin = str | Path | Run
+
+# A change of these on resume would train on other samples than the checkpoint's position means.
+ORDER = ("seed", "batch_size", "accumulate", "drop_last", "bucket", "dtype")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task met its data: what every verb starts from."""
+
+    task: Task
+    plan: Plan
+    device: torch.device
+    schema: Schema
+    rows: dict[str, Rows]
+    sources: dict[str, dict[str, Any]]
+    collate: Callable[[Any], Any]
+    shuffle: bool = True
+    notices: tuple[str, ...] = ()
+
+    def batches(self, split: str) -> Batches:
+        """Batches of a split: windows in a seeded order for train, larger batches in the order of rows for the rest."""
+        return split_batches(self, self.rows[split], split)
+
+
+def split_batches(prepared: Prepared, rows: Rows, split: str) -> Batches:
+    """Batches of any rows as one split."""
+    task, plan = prepared.task, prepared.plan
+    training = split == "train"
+    if not training and plan.batch_size is not None:  # no graph is kept, so four times the rows fit
+        plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False)
+    elif not training:
+        plan = plan.updated(bucket=False)
+    dataset = task.build_dataset(rows, split, prepared.schema) if isinstance(rows, pa.Table) else rows
+    augments = training and type(task).augment is not Task.augment
+    return data.make_batches(
+        dataset,
+        plan,
+        prepared.collate,
+        device=prepared.device,
+        shuffle=training and prepared.shuffle,
+        augment=task.augment if augments else None,
+        schema=prepared.schema,
+    )
+
+
+def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, test: Any, plan: Mapping[str, Any]) -> Prepared:
+    """Read the data, split it, infer the schema and fit preprocessing on the training rows."""
+    source, shuffle, notices = Source.of(origin, target), True, []
+    collate: Callable[[Any], Any] = task.collate
+    defaults = task.plan()
+    if isinstance(source.origin, DataLoader):
+        apart = data.taken_apart(source.origin)
+        if apart is None:
+            notices.append("this DataLoader has a sampler of its own: it runs as it is, without seek, shares or exact resume within an epoch")
+        else:
+            dataset, fields, collate, shuffle = apart
+            source, defaults = dataclasses.replace(source, origin=dataset), defaults.updated(**fields)
+    final = defaults.updated(**plan)
+    if final.epochs is None and final.steps is None:
+        final = final.updated(epochs=10)
+    rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
+    device = engine.pick_device(final.device)
+    schema = _schema(task, source, rows["train"])
+    if schema.classes is not None and len(schema.classes) < 2:
+        raise DataError(f"target {schema.target!r} has one class only ({', '.join(schema.classes)}); there is nothing to tell apart")
+    names = {split: Source.of(given).name for split, given in (("validation", validation), ("test", test)) if _is_source(given)}
+    sources = {
+        split: {"source": names.get(split, source.name), "rows": data.num_rows(part), "sha256": data.fingerprint(part)}
+        for split, part in rows.items()
+    }
+    return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices))
+
+
+def _is_source(given: Any) -> bool:
+    return given is not None and not isinstance(given, int | float)
+
+
+def _schema(task: Task, source: Source, rows: Rows) -> Schema:
+    if isinstance(rows, pa.Table):
+        target = source.target if source.target is not None else ("target" if "target" in rows.column_names else None)
+        ignored = [*source.ignore, *(name for name in (source.group,) if name is not None and name != target)]
+        inferred = data.infer_schema(rows, target, ignored, source.types)
+        return task.prepare(inferred, task.statistics(rows, inferred))
+    if isinstance(rows, tuple | Mapping):
+        sample = map_tensors(lambda tensor: tensor[0], rows)
+        return data.tensor_schema(sample, rows)
+    if isinstance(rows, DataLoader | IterableDataset):
+        sample = map_tensors(lambda tensor: tensor[0], next(iter(rows))) if isinstance(rows, DataLoader) else next(iter(rows))
+        return data.tensor_schema(sample)
+    with own_random():
+        return data.tensor_schema(rows[0])
+
+
+@contextlib.contextmanager
+def own_random() -> Iterator[None]:
+    """The caller's generators are as they were afterwards."""
+    state = engine.random_state(torch.device("cpu"))
+    try:
+        yield
+    finally:
+        engine.set_random_state(state, torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C are noted and read between steps; a second one acts at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    task: Task,
+    data: Any,
+    *,
+    target: str | None = None,
+    validation: Any = None,
+    test: Any = None,
+    run: str | Path | None = None,
+    resume: bool = False,
+    weights: Any = None,
+    weights_partial: bool = False,
+    on_event: OnEvent | None = None,
+    **plan: Any,
+) -> Run:
+    """Train `task` on `data`; nothing is written unless `run` names a folder.
+
+    `validation`, `test`: a fraction of the rows, or a source. `weights`: a run or a .safetensors file to start from. `plan`: any
+    field of `Plan`. `on_event` gets each event as JSON values, in this order: step, evaluate, stop, checkpoint.
+    """
+    folder = None if run is None else Folder(Path(run), resume=resume)
+    try:
+        with own_random():
+            prepared = prepare(task, data, target=target, validation=validation, test=test, plan=plan)
+            engine.seed_all(prepared.plan.seed)
+            fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume)
+            fitting.begin(weights, weights_partial)
+            with signals() as caught:
+                fitting.loop(caught)
+            return fitting.end(caught)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class _Fit:
+    """One fit, from its beginning or its checkpoint to its result."""
+
+    def __init__(self, prepared: Prepared, folder: Folder | None, on_event: OnEvent, *, resume: bool) -> None:
+        self.prepared, self.folder, self.emit, self.resume = prepared, folder, on_event, resume
+        task, plan = prepared.task, prepared.plan
+        self.batches = prepared.batches("train")
+        self.validation = prepared.batches("validation") if "validation" in prepared.rows else None
+        self.total = self._total_steps(plan)
+        model = built(task, prepared.schema)
+        self.trainer = engine.make_trainer(task, model, plan, self.total, prepared.device)
+        self.fresh_groups = {
+            name: [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            for name, optimizer in self.trainer.optimizers.items()
+        }
+        self.history: list[Event] = []
+        self.losses = Losses()
+        self.best: dict[str, Any] | None = None
+        self.best_weights: dict[str, Tensor] | None = None
+        self.bad = 0  # evaluations since the best
+        self.stopped: str | None = None
+        self.started = self.saved = self.logged = time.monotonic()
+        self.logged_step = 0
+
+    def _total_steps(self, plan: Plan) -> int:
+        if plan.steps is not None:
+            return plan.steps
+        if self.batches.steps_per_epoch is None:
+            raise InputError("epochs cannot be counted on a stream without length; pass steps=...")
+        assert plan.epochs is not None
+        return plan.epochs * self.batches.steps_per_epoch
+
+    def begin(self, weights: Any, partial: bool) -> None:
+        """Fresh, from other weights, or from the last checkpoint."""
+        record = record_of("fit", self.prepared.task, self.trainer.model, self.prepared.plan, self.prepared.schema, self.prepared.device)
+        record["data"] = self.prepared.sources
+        state = last_state(self.folder) if self.resume and self.folder is not None else None
+        if state is None:
+            if weights is not None:
+                record["weights"] = _start_from(self.trainer.model, weights, partial)
+            if self.folder is not None:
+                if (before := self.folder.record()) is not None:
+                    compare(self.folder, before, record)
+                self.folder.cut(0)
+        else:
+            assert self.folder is not None
+            before = self.folder.record()
+            assert before is not None
+            changed = compare(self.folder, before, record)
+            self._restore(state, forked=bool(changed))
+            record["forks"] = [*before.get("forks", []), *([{"step": state.position.step, "changed": changed}] if changed else [])]
+            record["weights"] = before.get("weights")
+        self.record = record
+        if self.folder is not None:
+            self.folder.write_record(record)
+        for notice in self.prepared.notices:
+            self.emit({"event": "notice", "text": notice})
+        self.emit(
+            {
+                "event": "start",
+                "step": self.trainer.position.step,
+                "steps": self.total,
+                "steps_per_epoch": self.batches.steps_per_epoch,
+                "parameters": record["parameters"],
+                "device": str(self.prepared.device),
+                "rows": {split: source["rows"] for split, source in self.prepared.sources.items()},
+            }
+        )
+
+    def _restore(self, state: State, *, forked: bool) -> None:
+        assert self.folder is not None
+        try:
+            self.trainer.restore(state)
+        except (InputError, KeyError, ValueError) as error:
+            raise StateError(f"the checkpoint in {self.folder.path} does not fit this task: {error}") from error
+        if forked:  # what the changed task builds counts, not what the checkpoint remembers
+            for name, optimizer in self.trainer.optimizers.items():
+                for group, fresh in zip(optimizer.param_groups, self.fresh_groups[name], strict=True):
+                    group.update(fresh)
+            for name, schedule in self.trainer.schedules.items():
+                if hasattr(schedule.scheduler, "base_lrs"):
+                    schedule.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.fresh_groups.get(name, [])]
+                elif name in state.schedules:
+                    schedule.scheduler.load_state_dict(clone(state.schedules[name]))
+        progress = state.progress
+        self.history = self.folder.cut(int(progress["metrics_bytes"]))
+        self.best, self.bad, self.stopped = progress["best"], int(progress["bad"]), progress["stopped"]
+        self.logged_step = int(progress["logged_step"])
+        self.losses.events = [_stepped(item) for item in progress["pending"]]
+        if self.trainer.position.step < self.total and not self.stopped == "patience":
+            self.stopped = None
+        if self.best is not None:
+            if self.best["step"] == state.position.step:  # killed between the checkpoint and its second name
+                self.folder.mark_best(self.folder.checkpoint_path(state.position.step))
+            self.best_weights = load_weights(self.folder.best)
+
+    def loop(self, caught: list[int]) -> None:
+        """Steps, and between them what is due: log, evaluate, stop, checkpoint."""
+        plan = self.prepared.plan
+        if self.stopped is not None:
+            return
+        for event in engine.train(self.trainer, self.batches, self.total):
+            self.losses.events.append(event)
+            step = event.position.step
+            last = step >= self.total
+            evaluates = self.validation is not None and (
+                last or (event.ends_epoch if plan.evaluate_every is None else step % plan.evaluate_every == 0)
+            )
+            if step % plan.log_every == 0 or last or evaluates:
+                self._log(event)
+            better = self._evaluate(event) if evaluates else False
+            if plan.patience is not None and self.bad >= plan.patience:
+                self.stopped = "patience"
+            elif caught:
+                self.stopped = "signal"
+            elif last:
+                self.stopped = "finished"
+            if self.stopped is not None:
+                self._line({"event": "stop", "step": step, "reason": self.stopped}, kept=self.stopped != "signal")
+            if self.stopped or better or event.ends_epoch or time.monotonic() - self.saved > plan.checkpoint_every_s:
+                self._checkpoint(better)
+            if self.stopped is not None:
+                return
+
+    def _line(self, event: Event, *, kept: bool = True) -> None:
+        """Record and tell an event; one that a resume takes back is only told."""
+        if kept:
+            self.history.append(event)
+            if self.folder is not None:
+                self.folder.line(event)
+        self.emit(event)
+
+    def _log(self, event: Stepped) -> None:
+        read = self.losses.read()
+        if read is None:
+            return
+        loss, logs = read
+        line = {"event": "step", "step": event.position.step, "epoch": event.epoch, "loss": loss, "lr": self.trainer.learning_rate()}
+        now, steps = time.monotonic(), event.position.step - self.logged_step
+        if self.folder is not None:
+            rate = steps * getattr(self.batches, "step_size", 0) / max(now - self.logged, 1e-9)
+            self.folder.timing({"step": event.position.step, "seconds": now - self.logged, "samples_per_s": rate})
+        self.logged, self.logged_step = now, event.position.step
+        self._line({**line, "logs": logs} if logs else line)
+
+    def _evaluate(self, event: Stepped) -> bool:
+        """Evaluate on the validation rows; whether it is the best so far."""
+        assert self.validation is not None
+        plan = self.prepared.plan
+        begun = time.monotonic()
+        figures = engine.evaluate(self.prepared.task, self.trainer.model, self.validation, self.trainer.autocast())
+        loss = figures["loss"]
+        if loss is None or not abs(loss) < float("inf"):
+            raise NonFinite(f"validation loss (={loss}) is not finite after step {event.position.step}; lower the learning rate. The last checkpoint is untouched.")
+        for schedule in self.trainer.schedules.values():
+            if schedule.every == "evaluation":
+                schedule.advance(loss)
+        better = self.best is None or loss < self.best["loss"] - plan.min_delta
+        self.bad = 0 if better else self.bad + 1
+        if better:
+            self.best = {"step": event.position.step, **scalars(figures)}
+            if plan.keeps_best:
+                self.best_weights = clone(dict(self.trainer.model.state_dict()))
+        if self.folder is not None:
+            self.folder.timing({"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": time.monotonic() - begun})
+        self._line({"event": "evaluate", "step": event.position.step, "epoch": event.epoch, "split": "validation", **scalars(figures), "best": better})
+        self.figures = figures
+        return better and plan.keeps_best
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "best": self.best,
+            "bad": self.bad,
+            "stopped": self.stopped,
+            "logged_step": self.logged_step,
+            "metrics_bytes": 0 if self.folder is None else self.folder.metrics_bytes(),
+            "pending": [_pending(event) for event in self.losses.events],
+        }
+
+    def _checkpoint(self, better: bool) -> None:
+        events, self.losses.events = self.losses.events, list(self.losses.events)
+        self.losses.read()  # a loss that is not finite must never reach a checkpoint
+        self.losses.events = events
+        self.saved = time.monotonic()
+        if self.folder is None:
+            return
+        path = self.folder.checkpoint_path(self.trainer.position.step)
+        self.trainer.snapshot(self.prepared.schema.to_json(), self._progress()).save(path)
+        if better:
+            self.folder.mark_best(path)
+        self.folder.keep()
+        self.emit({"event": "checkpoint", "step": self.trainer.position.step, "path": str(path)})
+
+    def end(self, caught: list[int]) -> Run:
+        """Final figures, with the best weights where a best is kept."""
+        prepared, trainer = self.prepared, self.trainer
+        state = trainer.snapshot(prepared.schema.to_json(), self._progress())
+        if self.best_weights is not None:
+            engine.load_model(trainer.model, self.best_weights)
+        splits: dict[str, Any] = {}
+        if self.stopped != "signal":
+            for split in ("validation", "test"):
+                if split in prepared.rows:
+                    splits[split] = engine.evaluate(prepared.task, trainer.model, prepared.batches(split), trainer.autocast())
+                    if split == "test":
+                        self.emit({"event": "evaluate", "step": trainer.position.step, "split": "test", **scalars(splits[split])})
+        seconds = time.monotonic() - self.started
+        result = {
+            "stopped": self.stopped or "finished",
+            "signal": caught[0] if caught and self.stopped == "signal" else None,
+            "steps": trainer.position.step,
+            "epochs": trainer.position.epoch,
+            "seconds": seconds,
+            "best": self.best,
+            "train": next(({"loss": line["loss"]} for line in reversed(self.history) if line["event"] == "step"), None),
+            "splits": splits,
+        }
+        if self.folder is not None and self.stopped != "signal":
+            self.folder.finish(result)
+        return Run(prepared.task, trainer.model, state, self.record, self.history, result, None if self.folder is None else self.folder.path)
+
+
+def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schema, device: torch.device) -> dict[str, Any]:
+    """run.json: what was run, where and with what."""
+    cls, parameters = type(task), list(model.parameters())
+    return {
+        "format": 1,
+        "kind": kind,
+        "anyfit": metadata.version("anyfit"),
+        "task": {
+            "reference": reference(task),
+            "class": f"{cls.__module__}:{cls.__qualname__}",
+            "code": task_code(cls),
+            "values": task_values(task),
+        },
+        "plan": plan.to_json(),
+        "schema": schema.to_json(),
+        "data": {},
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "command": ["anyfit", *sys.argv[1:]] if Path(sys.argv[0]).name in ("anyfit", "__main__.py") else None,
+        "forks": [],
+        **environment(str(device)),
+    }
+
+
+def last_state(folder: Folder) -> State | None:
+    """The newest checkpoint; None where nothing is saved yet. A bad one is refused and the last good one named."""
+    found = folder.checkpoints()
+    if not found:
+        return None
+    try:
+        return State.load(found[-1])
+    except StateError as error:
+        good = next((path for path in reversed(found[:-1]) if _loads(path)), None)
+        way = f"the last good one is {good}; delete {found[-1].name} to go on from there" if good else "there is no other; start a new run"
+        raise StateError(f"{error}; {way}") from error
+
+
+def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resume changes: fields of the task and the plan may; code, data and the order of samples may not."""
+    where = f"run (={str(folder.path)!r})"
+    if before["kind"] != now["kind"] or before["task"]["class"].rpartition(":")[2] != now["task"]["class"].rpartition(":")[2]:
+        raise StateError(
+            f"{where} is a {before['kind']} of task {before['task']['class']}, not a {now['kind']} of {now['task']['class']}; "
+            "start a new run, or pass weights="
+        )
+    if before["task"]["code"] != now["task"]["code"]:
+        raise StateError(f"{where} was made by other code of task {now['task']['class']}; start a new run with weights={str(folder.path)!r}")
+    for split in sorted((set(before["data"]) | set(now["data"])) - {"test"}):
+        old, new = before["data"].get(split), now["data"].get(split)
+        if (old or {}).get("sha256") != (new or {}).get("sha256"):
+            raise StateError(f"{where} has other {split} rows ({old} then, {new} now); resume with the same data, or start a new run")
+    changed = {
+        name: [old.get(name), new.get(name)]
+        for old, new in ((before["task"]["values"], now["task"]["values"]), (before["plan"], now["plan"]))
+        for name in sorted(set(old) | set(new))
+        if old.get(name) != new.get(name)
+    }
+    fixed = [name for name in ORDER if name in changed]
+    if fixed:
+        was, new_value = changed[fixed[0]]
+        raise StateError(f"{fixed[0]} (={new_value!r}) was {was!r} in {where}; a change means other batches, so start a new run with weights=")
+    return changed
+
+
+def scalars(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if not isinstance(value, list)}
+
+
+def _pending(event: Stepped) -> dict[str, Any]:
+    """A step that no log line has told of yet, for the checkpoint."""
+    position = [event.position.step, event.position.epoch, event.position.offset]
+    logs = {name: float(value) for name, value in (event.logs or {}).items()}
+    return {"at": [*position, event.epoch, event.offset], "loss": float(event.loss), "count": float(event.count), "logs": logs}
+
+
+def _stepped(item: Mapping[str, Any]) -> Stepped:
+    step, epoch, offset, of_epoch, of_offset = item["at"]
+    logs = {name: torch.tensor(value, dtype=torch.float64) for name, value in item["logs"].items()}
+    loss, count = (torch.tensor(item[name], dtype=torch.float64) for name in ("loss", "count"))
+    return Stepped(Position(step, epoch, offset), loss, count, of_epoch, of_offset, logs or None)
+
+
+def _loads(path: Path) -> bool:
+    try:
+        State.load(path)
+    except StateError:
+        return False
+    return True
+
+
+def built(task: Task, schema: Schema) -> nn.Module:
+    model = task.build_model(schema)
+    if not isinstance(model, nn.Module):
+        raise DataError(f"build_model of {type(task).__name__} gave a {type(model).__name__}; it must give a torch.nn.Module")
+    return model
+
+
+def _start_from(model: nn.Module, weights: Any, partial: bool) -> dict[str, Any]:
+    """Copy weights from a run, a file or a mapping; partial copies what overlaps and lists the rest."""
+    if isinstance(weights, Run):
+        found, name = weights.model.state_dict(), str(weights.path or "run")
+    elif isinstance(weights, Mapping):
+        found, name = dict(weights), "mapping"
+    else:
+        found, name = load_weights(_weights_file(Path(weights))), str(weights)
+    if not partial:
+        engine.load_model(model, found)
+        return {"from": name, "left": []}
+    own, left = model.state_dict(), []
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key not in found or found[key].dim() != tensor.dim():
+                left.append(key)
+                continue
+            overlap = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, found[key].shape, strict=True))
+            tensor[overlap].copy_(found[key][overlap])
+            if found[key].shape != tensor.shape:
+                left.append(f"{key} (copied {'x'.join(str(part.stop) for part in overlap)} of {'x'.join(map(str, tensor.shape))})")
+    return {"from": name, "left": [*left, *(f"{key} (not in the model)" for key in sorted(set(found) - set(own)))]}
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.safetensors"
+    found = [best] if best.exists() else sorted((path / "checkpoints").glob("step-*.safetensors"))
+    if not found:
+        raise StateError(f"run (={str(path)!r}) has no checkpoint yet")
+    return found[-1]
+
+
+def open_run(run: str | Path, task: Task | None = None) -> tuple[Task, State]:
+    """The task of a run folder and its state: the best if one is kept, else the last. A task that cannot be found by name is given."""
+    path = Path(run)
+    record = read_record(path)
+    if task is None:
+        if record["task"]["reference"] is None:
+            raise StateError(f"the task of run (={str(path)!r}) lives in no file ({record['task']['class']}); pass it as task=")
+        task = load(record["task"]["reference"], record["task"]["values"])
+    return task, State.load(_weights_file(path))
+
+
+def _opened(run: Origin, task: Task | None, plan: Mapping[str, Any]) -> tuple[Task, nn.Module, Prepared]:
+    """A trained model with what is needed to give it rows."""
+    if isinstance(run, Run):
+        task, schema_json, model, recorded = run.task, run.state.schema, run.model, run.record["plan"]
+    else:
+        task, state = open_run(run, task)
+        schema_json, recorded = state.schema, read_record(Path(run))["plan"]
+        model = built(task, Schema.from_json(schema_json or {}))
+        engine.load_model(model, state.model)
+    final = Plan(**recorded).updated(**{"device": "auto", **plan})
+    device = engine.pick_device(final.device)
+    model.to(device=device, dtype=getattr(torch, final.dtype))
+    schema = Schema.from_json(schema_json or {})
+    return task, model, Prepared(task, final, device, schema, {}, {}, task.collate)
+
+
+def _given_rows(origin: Any, schema: Schema, split: str) -> Rows:
+    source = Source.of(origin)
+    if isinstance(source.origin, DataLoader) and (apart := data.taken_apart(source.origin)) is not None:
+        return apart[0]
+    read = source.read()
+    rows = read.get("test", read["train"])
+    if split == "test" and isinstance(rows, pa.Table) and schema.target is not None and schema.target not in rows.column_names:
+        raise DataError(f"target (={schema.target!r}) is not a column of {source.name}; the columns are: {', '.join(rows.column_names)}")
+    return rows
+
+
+def evaluate(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> dict[str, Any]:
+    """Figures of a trained run on data with targets."""
+    task, model, prepared = _opened(run, task, plan)
+    batches = split_batches(prepared, _given_rows(data, prepared.schema, "test"), "test")
+    return engine.evaluate(task, model, batches, autocast(prepared))
+
+
+def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> Any:
+    """Predictions of a trained run for data whose targets may be absent: tensors (rows first) as `Task.predict` gives them."""
+    task, model, prepared = _opened(run, task, plan)
+    rows = _given_rows(data, prepared.schema, "predict")
+    if isinstance(rows, pa.Table) and prepared.schema.target in rows.column_names:
+        rows = rows.drop_columns([prepared.schema.target])
+    batches = split_batches(prepared, rows, "predict")
+    return _joined(list(engine.predict(task, model, batches, autocast(prepared))))
+
+
+def autocast(prepared: Prepared) -> contextlib.AbstractContextManager[Any]:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if prepared.plan.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(prepared.device.type, dtype=kinds[prepared.plan.precision])
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Batches of one structure, one after the other."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], tuple | list):
+        return tuple(_joined(list(column)) for column in zip(*parts, strict=True))
+    if not list(leaves(parts)):
+        return [item for part in parts for item in (part if isinstance(part, list) else [part])]
+    raise DataError(f"predict gave a {type(parts[0]).__name__}; it must give a tensor, or a dict or tuple of tensors")
