@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anyfit.data import Batches
-from anyfit.errors import InputError, Lost, NonFinite, RunError, TaskError
+from anyfit.errors import DataError, InputError, Lost, NonFinite, RunError, TaskError
 from anyfit.schedule import Schedule
 from anyfit.state import Position, State
 from anyfit.metrics import Accumulator
@@ -370,6 +370,13 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
                 for buffer, before in zip(trainer.model.buffers(), undo[1], strict=True):
                     buffer.copy_(before)
             continue
+        except IndexError as error:
+            if "out of bounds" not in str(error):
+                raise
+            raise DataError(
+                f"a label does not fit the model's outputs ({error}) at step {position.step + 1}; labels run from 0 to the number of classes - 1, "
+                "and -100 is left out"
+            ) from error
         break
     if trainer._counts:
         raise TaskError(f"train_step of {type(task).__name__} ended after backward() without apply(); call trainer.apply()")
@@ -436,6 +443,12 @@ def evaluate(task: Task, model: nn.Module, batches: Batches, autocast: contextli
     if not isinstance(result, dict) or "loss" not in result:
         raise TaskError(f"evaluate of {type(task).__name__} must return a dict with at least 'loss'; it gave {result!r}")
     return {name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for name, value in result.items()}
+
+
+def glance(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> Any:
+    """The outputs of the first evaluation step."""
+    with _quietly(model, autocast):
+        return next((task.evaluate_step(model, batch).outputs for batch in batches), None)
 
 
 def totals(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> Accumulator:

@@ -24,6 +24,7 @@ from anyfit.data import Batches, Rows, Source
 from anyfit.engine import Losses, Stepped, Trainer
 from anyfit.errors import DataError, InputError, NonFinite, StateError
 from anyfit.load import load, reference
+from anyfit.metrics import Metric
 from anyfit.run import Folder, Run, environment, read_record
 from anyfit.schema import Schema
 from anyfit.state import Position, State, load_weights
@@ -250,7 +251,7 @@ class _Fit:
         self.record = record
         if self.folder is not None:
             self.folder.write_record(record)
-        for notice in self.prepared.notices:
+        for notice in (*self.prepared.notices, *self._notices()):
             self.emit({"event": "notice", "text": notice})
         self.emit(
             {
@@ -263,6 +264,22 @@ class _Fit:
                 "rows": {split: source["rows"] for split, source in self.prepared.sources.items()},
             }
         )
+
+    def _notices(self) -> Iterator[str]:
+        """What a user should know before it starts, from one look at a batch of the evaluation."""
+        task, schema = self.prepared.task, self.prepared.schema
+        split = next((name for name in ("validation", "test") if name in self.prepared.rows), None)
+        if split is None or isinstance(self.prepared.rows[split], DataLoader | IterableDataset):
+            return
+        plain = [name for name, metric in (task.metrics(schema) or {}).items() if not isinstance(metric, Metric)]
+        if plain:
+            yield f"metric {', '.join(plain)} is a plain function: all outputs and targets are held in memory for it"
+        if type(task).evaluate is not Task.evaluate:
+            return
+        with own_random():
+            outputs = engine.glance(task, self.trainer.model, self.prepared.batches(split), self.trainer.autocast())
+        if outputs is None:
+            yield "the model returns its loss only, so there are no metrics beside it; define predict(self, model, batch) and evaluate_step"
 
     def _restore(self, state: State, *, forked: bool) -> None:
         assert self.folder is not None

@@ -1,0 +1,269 @@
+"""The pictures of a run: drawn once each, given as PNG for a file and as SVG for the page. The only room that needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from anyfit.report.records import Points, Records, mappings, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["MANY_PANELS", "Picture", "draw"]
+
+MANY_PANELS = 9
+_MANY_POINTS, _MANY_CLASSES, _MANY_LINES = 2_000, 30, 8
+
+_INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#5c6672", "#e1e5ea", "#fefefe"
+_COLOURS = ("#2866b1", "#c2571a", "#2f7d4f", "#7c4fa3", "#a8327a", "#117a8b", "#8a6d1b", "#6b7785")
+# drawn once: the dark picture is the light one with these exchanged, so no other colour may be used in a drawing
+_DARK = {
+    _INK: "#e4e8ee", _MUTED: "#9ba6b4", _GRID: "#2c333d", _PAPER: "#10131a",
+    **dict(zip(_COLOURS, ("#78aef0", "#f0955c", "#6cc492", "#bb97e0", "#e582bd", "#58c2d3", "#d6b75a", "#a4afbd"), strict=True)),
+}  # fmt: skip
+_WIDTH = 9.2  # inches of a picture that is as wide as the page
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One drawing: PNG for its file, SVG for the page."""
+
+    png: bytes
+    light: bytes
+    dark: bytes
+    width: float  # share of the page's width
+
+
+def draw(records: Records) -> dict[str, Picture]:
+    """All pictures that the records allow, by name."""
+    figures = {
+        "loss": _draw_loss(records),
+        "metrics": _draw_panels(_metric_panels(records), records),
+        "sites": _draw_panels(dict(list(records.sites.items())[:MANY_PANELS]), records),
+    }
+    found = records.classes
+    if found and len(found[1]) <= _MANY_CLASSES:
+        figures["confusion"] = _draw_confusion(found[1], records.class_names(len(found[1])))
+    return {name: _render(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _metric_panels(records: Records) -> dict[str, dict[str, Points]]:
+    """A panel for each metric and each of the task's logs; the loss has its own picture."""
+    panels = {name: dict(lines) for name, lines in records.evaluations.items() if name != "loss"}
+    for name, points in records.training.items():
+        if name not in ("loss", "lr"):
+            panels.setdefault(name, {})["training"] = points
+    filled = [(name, lines) for name, lines in panels.items() if any(lines.values())]
+    return dict(filled[:MANY_PANELS])
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # here, for a report is the only thing that needs it; never pyplot, which is global
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _style(axes: Axes, title: str, clock: str | None) -> None:
+    """One look for all curves; `clock` None leaves the x axis to the panel beneath."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_facecolor("none")
+    axes.set_title(_drawable(title), loc="left", fontsize=8.5, color=_INK, fontweight="bold", parse_math=False)
+    axes.grid(True, color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_edgecolor(_GRID)
+    axes.tick_params(colors=_MUTED, labelsize=7.5, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.margins(x=0.02, y=0.08)
+    if clock:
+        axes.set_xlabel(clock, fontsize=7.5, color=_MUTED)
+    else:
+        axes.tick_params(labelbottom=False)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the frame at the right, where it never hides a curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = min(len(labels), 4)
+        legend = axes.legend(
+            handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, frameon=False, fontsize=7.5,
+            labelcolor=_INK, borderaxespad=0.1, handlelength=1.4, columnspacing=1.2,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
+def _line(axes: Axes, points: Points, colour: str, label: str | None, *, width: float = 1.6, alpha: float = 1.0) -> None:
+    """A curve; with few points each is marked, for one point alone has no line."""
+    if not points:
+        return
+    shown = _thin(points)
+    axes.plot(
+        [at for at, _ in shown], [value for _, value in shown], color=colour, label=label and _drawable(label),
+        linewidth=width, alpha=alpha, solid_joinstyle="round", marker="o" if len(shown) <= 30 else None,
+        markersize=3.2 if len(shown) > 1 else 5.5, markeredgewidth=0,
+    )  # fmt: skip
+
+
+def _thin(points: Points, limit: int = _MANY_POINTS) -> Points:
+    """At most about `limit` points: the lowest and the highest of each stretch, and both ends."""
+    if len(points) <= limit:
+        return points
+    size = math.ceil(2 * len(points) / limit)
+    kept = [points[0]]
+    for start in range(0, len(points), size):
+        part = sorted(points[start : start + size], key=lambda point: point[1])
+        kept.extend(sorted({part[0], part[-1]} - {kept[-1]}))
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def _smooth(points: Points) -> Points:
+    """Mean over a centred window of a fiftieth of the points."""
+    half, sums = len(points) // 100, [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    smoothed = []
+    for index, (at, _) in enumerate(points):
+        reach = min(half, index, len(points) - 1 - index)  # stays centred at both ends
+        smoothed.append((at, (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)))
+    return smoothed
+
+
+def _draw_loss(records: Records) -> Figure | None:
+    """Training and evaluation loss over steps or rounds; the learning rate small beneath."""
+    training, rate = records.training.get("loss", []), records.training.get("lr", [])
+    evaluations = records.evaluations.get("loss", {})
+    if not training and not any(evaluations.values()):
+        return None
+    figure = _new_figure(_WIDTH, 4.3 if rate else 3.5)
+    grid = figure.add_gridspec(2 if rate else 1, 1, height_ratios=[4, 1] if rate else [1])
+    axes = figure.add_subplot(grid[0])
+    _style(axes, "loss", None if rate else records.clock)
+    if len(training) > 200:
+        _line(axes, training, _COLOURS[0], "training", width=0.8, alpha=0.35)
+        _line(axes, _smooth(training), _COLOURS[0], "training, smoothed")
+    else:
+        _line(axes, training, _COLOURS[0], "training")
+    for split, points in evaluations.items():
+        _line(axes, points, _split_colour(split), split)
+    at, loss = number(records.best.get(records.clock)), number(records.best.get("loss"))
+    if at is not None and loss is not None:
+        axes.plot([at], [loss], "o", markersize=8, markerfacecolor="none", markeredgecolor=_INK, label="best")
+    for fork in mappings(records.record.get("forks")):
+        axes.axvline(number(fork.get("step")) or 0, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    _legend(axes)
+    if rate:
+        beneath = figure.add_subplot(grid[1], sharex=axes)
+        _style(beneath, "learning rate", records.clock)
+        _line(beneath, rate, _COLOURS[7], None, width=1.2)
+        beneath.set_ylim(bottom=0)
+        beneath.locator_params(axis="y", nbins=2)
+        axes.tick_params(labelbottom=False)
+    return figure
+
+
+def _split_colour(split: str) -> str:
+    """Each split keeps its colour in all panels."""
+    return {"training": _COLOURS[0], "validation": _COLOURS[1], "test": _COLOURS[2]}.get(split, _COLOURS[3])
+
+
+def _draw_panels(panels: Mapping[str, Mapping[str, Points]], records: Records) -> Figure | None:
+    """Small multiples: a panel for each name, in it a curve for each split or site."""
+    if not panels:
+        return None
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    lines = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    are_splits = set(lines) <= {"training", "validation", "test"}
+    figure = _new_figure(_WIDTH, rows * (2.9 if columns == 1 else 2.5) + (0.3 if len(lines) > 4 else 0))
+    for index, (name, panel) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _style(axes, name, records.clock)
+        axes.locator_params(axis="x", nbins=8 if columns == 1 else 5)
+        if not are_splits and len(lines) > _MANY_LINES:
+            _draw_crowd(axes, panel)
+        else:
+            for line, points in panel.items():
+                _line(axes, points, _split_colour(line) if are_splits else _COLOURS[lines.index(line) % len(_COLOURS)], line)
+        if index == min(columns, len(panels)) - 1 or columns == 1:
+            _legend(axes)
+    return figure
+
+
+def _draw_crowd(axes: Axes, panel: Mapping[str, Points]) -> None:
+    """Many sites: each as a thin grey line, and their median."""
+    at_time: dict[float, list[float]] = {}
+    for points in panel.values():
+        _line(axes, points if len(points) > 1 else [], _MUTED, None, width=0.6, alpha=0.35)
+        for at, value in points:
+            at_time.setdefault(at, []).append(value)
+    median = [(at, sorted(values)[len(values) // 2]) for at, values in sorted(at_time.items())]
+    _line(axes, median, _COLOURS[0], f"median of {len(panel):,} sites")
+
+
+def _draw_confusion(matrix: list[list[int]], names: Sequence[str]) -> Figure:
+    """A cell for each pair of true and predicted class, shaded by its share of the row."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    size = len(matrix)
+    cell = max(0.25, min(0.62, 4.0 / size))
+    labels = [_drawable(name, 16) for name in names]
+    figure = _new_figure(min(_WIDTH, size * cell + 0.7 + 0.065 * max(map(len, labels))), size * cell + 0.9)
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    boxes, shades = [], []
+    for row, counts in enumerate(matrix):
+        for column, count in enumerate(counts):
+            share = count / max(1, sum(counts))
+            boxes.append(Rectangle((column - 0.5, row - 0.5), 1, 1))
+            shades.append(to_rgba(_COLOURS[0], 0.07 + 0.93 * share if count else 0.0))
+            if count and size <= 20:
+                text = f"{count:,}" if count < 10_000 else f"{count / 1000:,.0f}k"
+                colour = _PAPER if share > 0.45 else _INK
+                axes.text(column, row, text, ha="center", va="center_baseline", fontsize=min(8.0, 19 * cell), color=colour)
+    axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors=_GRID, linewidths=0.6))
+    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal")
+    for axis, text in ((axes.xaxis, "predicted class"), (axes.yaxis, "true class")):
+        axis.set_ticks(range(size), labels, fontsize=7.5, color=_INK, parse_math=False)
+        axis.set_label_text(text, fontsize=7.5, color=_MUTED)
+    longest = max(map(len, labels))
+    axes.tick_params(length=0)
+    axes.tick_params(axis="x", rotation=90 if longest * 0.075 > cell else 0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _drawable(text: str, limit: int = 28) -> str:
+    """Text that the bundled font can draw, for a missing glyph is a warning and an empty box."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    drawn = "".join(letter if font.get_char_index(ord(letter)) else "□" for letter in " ".join(text.split()))
+    return drawn if len(drawn) <= limit else drawn[: limit - 1] + "…"
+
+
+def _render(figure: Figure) -> Picture:
+    png, svg = BytesIO(), BytesIO()
+    figure.savefig(png, format="png", dpi=170, facecolor="#ffffff", metadata={"Software": None})
+    figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    light = svg.getvalue().decode()
+    # ids are random in each drawing; numbered in order, equal runs have equal pages
+    ids = list(dict.fromkeys(re.findall(r'id="([a-z][0-9a-f]{10})"', light)))
+    for index, name in enumerate(ids):
+        light = light.replace(name, f"id{index}")
+    dark = re.sub(r"#[0-9a-f]{6}\b", lambda match: _DARK.get(match[0], match[0]), light)
+    return Picture(png.getvalue(), light.encode(), dark.encode(), float(figure.get_figwidth()) / _WIDTH)

@@ -1,0 +1,213 @@
+"""What a run folder says, read once; an unfinished or torn one too."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anyfit.errors import InputError
+from anyfit.run import read_record
+
+__all__ = ["Points", "Records", "mapping", "mappings", "number", "read", "scalars", "whole"]
+
+Points = list[tuple[float, float]]  # (step or round, value), in order
+
+_BOOKKEEPING = {"event", "step", "epoch", "round", "rows", "seconds", "bytes_up", "bytes_down", "count", "best"}
+
+
+@dataclass(slots=True)
+class Records:
+    """All that a run folder says, read once."""
+
+    run: Path
+    record: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)  # empty while the run has not finished
+    training: dict[str, Points] = field(default_factory=dict)  # loss, lr and the task's own logs
+    evaluations: dict[str, dict[str, Points]] = field(default_factory=dict)  # metric -> split -> points
+    sites: dict[str, dict[str, Points]] = field(default_factory=dict)  # figure -> site -> points
+    last_at_site: dict[str, dict[str, Any]] = field(default_factory=dict)
+    latest: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> its last evaluation
+    best: dict[str, Any] = field(default_factory=dict)
+    reached: int = 0  # last step or round
+    moved: dict[str, int] = field(default_factory=lambda: {"bytes_up": 0, "bytes_down": 0})
+    stopped: str | None = None
+    torn: int = 0  # lines that could not be read
+    not_finite: float | None = None  # where a loss first was NaN or infinite
+    samples_per_s: float | None = None
+
+    @property
+    def kind(self) -> str:
+        return str(self.record.get("kind", "fit"))
+
+    @property
+    def clock(self) -> str:
+        """What the curves run over."""
+        return "round" if self.kind == "federate" else "step"
+
+    @property
+    def task(self) -> str:
+        """The task as it was asked for; the class of one that lives in no file."""
+        task = self.record["task"]
+        return str(task.get("reference") or task["class"])
+
+    @property
+    def length(self) -> dict[str, int | None]:
+        """Steps and epochs, or rounds, that were done; epochs are known at the end only."""
+        if self.clock == "round":
+            return {"rounds": whole(self.result.get("rounds")) or self.reached}
+        return {"steps": whole(self.result.get("steps")) or self.reached, "epochs": whole(self.result.get("epochs"))}
+
+    @property
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """Figures by split, the most telling split first: the result's, or the last evaluation's where there is none."""
+        found = {name: figures for name, figures in mapping(self.result.get("splits")).items() if isinstance(figures, dict)}
+        found = found or self.latest
+        first = [name for name in ("test", "validation") if name in found]
+        return {name: found[name] for name in [*first, *(name for name in found if name not in first)]}
+
+    @property
+    def classes(self) -> tuple[str, list[list[int]]] | None:
+        """(split, confusion matrix) of the first split that has one."""
+        for split, figures in self.splits.items():
+            matrix = figures.get("confusion")
+            if isinstance(matrix, list) and matrix and all(_is_counts(row, len(matrix)) for row in matrix):
+                return split, matrix
+        return None
+
+    def class_names(self, count: int) -> list[str]:
+        """The target's categories where the schema has them, else numbers."""
+        schema = mapping(self.record.get("schema"))
+        for column in mappings(schema.get("columns")):
+            names = column.get("categories")
+            if column.get("name") == schema.get("target") and isinstance(names, list) and len(names) == count:
+                return [str(name) for name in names]
+        return [str(number) for number in range(count)]
+
+
+def read(run: Path) -> Records:
+    """The records of a run folder; all but run.json may be missing or torn."""
+    path = run / "run.json"
+    try:
+        record = read_record(run)
+    except (ValueError, OSError) as error:  # InputError is a ValueError
+        if not path.is_file():
+            raise
+        raise InputError(f"{error}; restore {path} from a copy, or fit again into a new folder") from error
+    task = mapping(record.get("task"))
+    if not isinstance(task.get("reference") or task.get("class"), str):
+        raise InputError(f"{path} names no task; restore it from a copy, or fit again into a new folder")
+    records = Records(run, record)
+    for result in _lines(run / "result.json", whole=True):
+        records.result = result or {}
+    for event in _lines(run / "metrics.jsonl"):
+        if event is None:
+            records.torn += 1
+        else:
+            _take(records, event)
+    if records.reached > (whole(records.result.get(f"{records.clock}s")) or records.reached):
+        records.result = {}  # of an earlier end, after which the run was resumed
+    records.best = mapping(records.result.get("best")) or records.best
+    records.stopped = str(records.result["stopped"]) if "stopped" in records.result else records.stopped
+    moved = mapping(records.result.get("bytes"))  # counts what went before the first round too
+    records.moved |= {f"bytes_{way}": count for way in ("up", "down") if (count := whole(moved.get(way))) is not None}
+    speeds = sorted(filter(None, (number(line.get("samples_per_s")) for line in _lines(run / "timings.jsonl") if line)))
+    records.samples_per_s = speeds[len(speeds) // 2] if speeds else None
+    return records
+
+
+def _lines(path: Path, *, whole: bool = False) -> Iterator[dict[str, Any] | None]:
+    """The JSON objects of a file, None for each that is torn; nothing where there is no such file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in [file.read()] if whole else file:
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield value if isinstance(value, dict) else None
+
+
+def _take(records: Records, event: dict[str, Any]) -> None:
+    """Sort one line of metrics.jsonl into the curves."""
+    kind, at = event.get("event"), number(event.get(records.clock))
+    if at is None:
+        return
+    records.reached = max(records.reached, int(at))
+    if kind == "stop":
+        records.stopped = str(event.get("reason"))
+    elif kind in ("step", "round"):
+        for name, value in (scalars(event) | scalars(mapping(event.get("logs")))).items():
+            _point(records, records.training.setdefault(name, []), at, value, name)
+        for name in records.moved:
+            records.moved[name] += whole(event.get(name)) or 0
+        _take_sites(records, event, at, "")
+    elif kind == "evaluate":
+        split = str(event.get("split", "evaluation"))
+        for name, value in scalars(event).items():
+            _point(records, records.evaluations.setdefault(name, {}).setdefault(split, []), at, value, name)
+        records.latest[split] = event
+        if event.get("best") is True:
+            records.best = {records.clock: at, "loss": event.get("loss")}
+        _take_sites(records, event, at, f"{split} ")
+
+
+def _take_sites(records: Records, event: dict[str, Any], at: float, prefix: str) -> None:
+    """What each site told in one round."""
+    for site, entry in mapping(event.get("sites")).items():
+        told = mapping(entry)
+        last = records.last_at_site.setdefault(site, {"rounds": 0, "bytes_up": 0, "bytes_down": 0})
+        last["rounds"] += not prefix
+        last["rows"] = whole(told.get("rows")) or last.get("rows")
+        for name in ("bytes_up", "bytes_down"):
+            last[name] += whole(told.get(name)) or 0
+        for name, value in scalars(told).items():
+            _point(records, records.sites.setdefault(prefix + name, {}).setdefault(site, []), at, value, name)
+            last[prefix + name] = value
+
+
+def _point(records: Records, points: Points, at: float, value: float | None, name: str) -> None:
+    """Add a point; what is not finite cannot be drawn, and for a loss it is said on the page."""
+    if value is not None:
+        points.append((at, value))
+    elif name == "loss" and records.not_finite is None:
+        records.not_finite = at
+
+
+def scalars(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """The named numbers among an event's entries; None where one is not finite."""
+    plain = (int, float, type(None))
+    return {
+        str(name): number(value)
+        for name, value in figures.items()
+        if name not in _BOOKKEEPING and isinstance(value, plain) and not isinstance(value, bool)
+    }
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None
+
+
+def whole(value: Any) -> int | None:
+    """The value if it is a whole number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """The objects of a JSON array."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _is_counts(row: Any, size: int) -> bool:
+    return isinstance(row, list) and len(row) == size and all(isinstance(cell, int) and cell >= 0 for cell in row)

@@ -1,0 +1,324 @@
+"""The command line as people and machines use it: figures, files, exit codes, and what bad input gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from anyfit.cli import main
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def anyfit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["anyfit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+QUICK = ("--epochs", 1, "--quiet", "--json")
+
+
+@pytest.fixture
+def adults(tmp_path: Path) -> Path:
+    """A table with numbers, categories, a missing value and two classes."""
+    path = tmp_path / "adults.csv"
+    lines = [f"{20 + i % 50},{'?' if i % 7 == 0 else 'abc'[i % 3]},{'>50K' if i % 50 > 25 else '<=50K'}" for i in range(400)]
+    path.write_text("age,job,income\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def test_fit_writes_a_run_and_prints_one_json_object(anyfit: Run, tmp_path: Path) -> None:
+    done = anyfit("fit", "image", "--data", "digits", "--test", 0.2, "--validation", 0.1, "--seed", 1, *QUICK)
+    assert done.code == 0 and done.err == ""
+    assert done.json["run"] == "runs/image-1"
+    assert 0 < done.json["test"]["accuracy"] <= 1 and "loss" in done.json["validation"]
+    names = {path.name for path in (tmp_path / "runs/image-1").iterdir()}
+    assert {"run.json", "metrics.jsonl", "timings.jsonl", "result.json", "report.html", "checkpoints", "loss.png"} <= names
+    assert anyfit("fit", "image", "--data", "digits", *QUICK).json["run"] == "runs/image-2"
+
+
+def test_a_person_sees_lines_and_a_table(anyfit: Run) -> None:
+    done = anyfit("fit", "image", "--data", "digits", "--test", 0.2, "--epochs", 2)
+    assert "step 46" in done.err and "loss" in done.err and "stop: finished" in done.err
+    assert done.out.splitlines()[0].split() == ["split", "loss", "accuracy", "f1", "rows"]
+
+
+def test_one_seed_gives_one_result(anyfit: Run) -> None:
+    first, second, other = (anyfit("fit", "image", "--data", "digits", "--test", 0.2, "--seed", seed, *QUICK).json["test"] for seed in (1, 1, 2))
+    assert first == second != other
+
+
+def test_evaluate_and_predict_read_a_run(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    fitted = anyfit("fit", "tabular", "--data", adults, "--target", "income", "--test", adults, "--run", "r", "--epochs", 20, "--batch-size", 32, "--quiet", "--json")
+    assert fitted.json["test"]["accuracy"] > 0.95
+    assert anyfit("evaluate", "r", "--data", adults, "--json").json["accuracy"] == fitted.json["test"]["accuracy"]
+    unlabelled = tmp_path / "new.csv"
+    unlabelled.write_text("age,job\n22,a\n69,zzz\n,\n")
+    assert anyfit("predict", "r", "--data", unlabelled, "--out", "p.csv", "--json").json["rows"] == 3
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert [row["prediction"] for row in rows[:2]] == ["<=50K", ">50K"]
+    assert sum(float(rows[2][f"probability {name}"]) for name in ("<=50K", ">50K")) == pytest.approx(1, abs=1e-5)
+
+
+def test_resume_goes_on_with_the_recorded_values_and_a_change_is_a_fork(anyfit: Run, tmp_path: Path) -> None:
+    base = ("fit", "image", "--data", "digits", "--run", "r", "--quiet", "--json")
+    anyfit(*base, "--epochs", 1, "--set", "channels=4", "--set", "lr=0.01")
+    more = anyfit(*base, "--resume", "--epochs", 2)
+    assert more.json["epochs"] == 2
+    record = json.loads((tmp_path / "r/run.json").read_text())
+    assert record["task"]["values"]["channels"] == 4 and record["task"]["values"]["lr"] == 0.01
+    assert record["forks"] == [{"step": 29, "changed": {"epochs": [1, 2]}}]
+    forked = anyfit(*base, "--resume", "--epochs", 3, "--set", "lr=0.5")
+    assert json.loads((tmp_path / "r/run.json").read_text())["forks"][1]["changed"]["lr"] == [0.01, 0.5]
+    assert forked.code == 0
+
+
+def test_resume_with_nothing_saved_starts_at_the_beginning(anyfit: Run) -> None:
+    done = anyfit("fit", "image", "--data", "digits", "--run", "new", "--resume", *QUICK)
+    assert done.code == 0 and done.json["steps"] == 29
+
+
+def test_weights_go_out_and_in(anyfit: Run, tmp_path: Path) -> None:
+    anyfit("fit", "image", "--data", "digits", "--out", "w.safetensors", "--set", "channels=4", *QUICK)
+    same = anyfit("fit", "image", "--data", "digits", "--weights", "w.safetensors", "--set", "channels=4", *QUICK)
+    assert same.code == 0
+    other = anyfit("fit", "image", "--data", "digits", "--weights", "w.safetensors", "--set", "channels=8", *QUICK)
+    assert other.code == 2 and "conv1.weight: (4, 1, 3, 3) for (8, 1, 3, 3)" in other.err
+    partial = anyfit("fit", "image", "--data", "digits", "--weights", "w.safetensors", "--weights-partial", "--set", "channels=8", *QUICK)
+    assert partial.code == 0 and "not copied: conv1.weight (copied 4x1x3x3 of 8x1x3x3)" in partial.err
+    torch.save({}, tmp_path / "w.pt")
+    pickled = anyfit("fit", "image", "--data", "digits", "--weights", "w.pt", *QUICK)
+    assert pickled.code == 2 and "save_file(torch.load('w.pt', weights_only=True)" in pickled.err
+
+
+def test_federate_over_files(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    lines = adults.read_text().splitlines()
+    for name, part in (("a", lines[1:30]), ("b", lines[30:180]), ("c", lines[180:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *part]) + "\n")
+    sites = [item for name in "abc" for item in ("--site", f"{name}.csv")]
+    done = anyfit("federate", "tabular", *sites, "--rounds", 10, "--epochs", 3, "--batch-size", 16, "--target", "income", "--test", adults, "--quiet", "--json")
+    assert done.code == 0 and done.json["test"]["accuracy"] > 0.9
+    assert done.json["bytes"]["up"] > 0
+    twice = anyfit("federate", "tabular", "--site", "a.csv", "--site", "a.csv", "--rounds", 1, "--json")
+    assert twice.code == 2 and "two sites are named 'a'" in twice.err
+
+
+def test_report_show_tasks_check(anyfit: Run, adults: Path) -> None:
+    anyfit("fit", "image", "--data", "digits", "--run", "r", "--test", 0.2, *QUICK)
+    assert anyfit("report", "r", "--json").json["report"] == "r/report.html"
+    assert "Image" in anyfit("show", "r").out or "image" in anyfit("show", "r").out
+    assert set(anyfit("tasks", "--json").json) == {"image", "tabular"}
+    assert anyfit("check", "tabular", "--data", adults, "--target", "income", "--json").json["ok"] is True
+
+
+TASK_FILE = """
+import torch
+from torch import nn
+import anyfit
+
+class Wrong(anyfit.Task):
+    def build_model(self, schema):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, model, batch):
+        return model(batch["image"].float())
+
+    def loss(self, outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch["target"], weight=torch.arange(1.0, 11.0).to(outputs)), len(outputs)
+
+class Explodes(Wrong):
+    def loss(self, outputs, batch):
+        return outputs.sum() * float("nan"), len(outputs)
+
+class TooFew(Wrong):
+    def build_model(self, schema):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+
+    def loss(self, outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch["target"]), len(outputs)
+"""
+
+
+def test_check_finds_a_wrong_count(anyfit: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK_FILE)
+    seen = anyfit("check", "mine.py:Wrong", "--data", "digits", "--json")
+    assert seen.code == 1 and any("the count is not the loss's denominator" in problem for problem in seen.json["problems"])
+
+
+def test_nan_stops_and_names_step_and_batch(anyfit: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK_FILE)
+    done = anyfit("fit", "mine.py:Explodes", "--data", "digits", "--run", "r", *QUICK)
+    assert done.code == 1 and "loss (=nan) is not finite at step 1 (epoch 0, batch 0)" in done.err
+    assert not list((tmp_path / "r/checkpoints").glob("*.safetensors"))
+
+
+BAD = {
+    "missing file": (("--data", "nowhere.csv"), "data (='nowhere.csv') does not exist"),
+    "empty file": (("--data", "empty.csv"), "data (='empty.csv') is empty"),
+    "header only": (("--data", "header.csv", "--target", "y"), "has no rows"),
+    "wrong target": (("--data", "adults.csv", "--target", "wage"), "target (='wage') is not a column of adults.csv; the columns are: age, job, income"),
+    "one class": (("--data", "one.csv", "--target", "y"), "one class only (a)"),
+    "ragged": (("--data", "ragged.csv", "--target", "y"), "cannot be read as a table"),
+    "large batch": (("--data", "adults.csv", "--target", "income", "--batch-size", "5000"), "batch_size (=5000) is larger than the 400 rows"),
+    "unknown field": (("--data", "adults.csv", "--target", "income", "--set", "depth=3"), "depth is no field of Tabular"),
+    "wrong type": (("--data", "adults.csv", "--target", "income", "--set", "dropout=high"), "dropout (='high') must be a finite number"),
+    "wrong plan type": (("--data", "adults.csv", "--target", "income", "--set", "patience=soon"), "patience (='soon') must be a whole number or none"),
+    "no equals": (("--data", "adults.csv", "--target", "income", "--set", "dropout"), "--set (='dropout') must be NAME=VALUE"),
+    "no cuda": (("--data", "adults.csv", "--target", "income", "--device", "cuda:7"), "device (='cuda:7') is not there"),
+    "no device": (("--data", "adults.csv", "--target", "income", "--device", "abacus"), "device (='abacus') must be auto, cpu"),
+    "bad fraction": (("--data", "adults.csv", "--target", "income", "--test", "1.5"), "fraction (=1.5) of a split must be between 0 and 1"),
+    "unknown type": (("--data", "adults.csv", "--target", "income", "--type", "age=colour"), "type (='colour') of column 'age' must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_a_clear_error(case: str, anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("x,y\n")
+    (tmp_path / "one.csv").write_text("x,y\n" + "1,a\n" * 300)
+    (tmp_path / "ragged.csv").write_text("x,y\n1,a\n2,b,c\n")
+    options, message = BAD[case]
+    done = anyfit("fit", "tabular", *options, "--run", "r", "--quiet", "--json")
+    assert message in done.err
+    assert done.code == 2
+    assert message in done.json["error"]["message"]
+    assert not (tmp_path / "r" / "run.json").exists()
+
+
+def test_unknown_task_and_bad_task_files_are_refused(anyfit: Run, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "empty.py").write_text("")
+    for name, message in (
+        ("imagine", "ready tasks are image, tabular"),
+        ("broken.py:Task", "ZeroDivisionError"),
+        ("empty.py:Mine", "has no task 'Mine'; it has: none"),
+        ("empty.py", "names a file but no class"),
+        ("nowhere.py:Mine", "does not exist"),
+        ("no.such.module:Mine", "cannot be imported"),
+    ):
+        done = anyfit("fit", name, "--data", "digits", *QUICK)
+        assert done.code == 2 and message in done.err, name
+
+
+def test_labels_out_of_range_are_refused(anyfit: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK_FILE)
+    done = anyfit("fit", "mine.py:TooFew", "--data", "digits", *QUICK)
+    assert done.code == 2 and "a label does not fit the model's outputs" in done.err
+
+
+def test_a_run_folder_is_never_overwritten(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    anyfit("fit", "image", "--data", "digits", "--run", "r", *QUICK)
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    again = anyfit("fit", "image", "--data", "digits", "--run", "r", *QUICK)
+    assert again.code == 2 and "holds a run already; pass resume" in again.err
+    other = anyfit("fit", "tabular", "--data", adults, "--target", "income", "--run", "r", "--resume", *QUICK)
+    assert other.code == 2 and "is no field of Tabular" in other.err or "is a fit of task" in other.err
+    seed = anyfit("fit", "image", "--data", "digits", "--run", "r", "--resume", "--seed", 9, *QUICK)
+    assert seed.code == 2 and "seed (=9) was 0" in seed.err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    foreign = anyfit("fit", "image", "--data", "digits", "--run", "full", *QUICK)
+    assert foreign.code == 2 and "is a folder with other files" in foreign.err
+    after = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_a_torn_checkpoint_is_refused_and_the_last_good_one_named(anyfit: Run, tmp_path: Path) -> None:
+    anyfit("fit", "image", "--data", "digits", "--run", "r", "--epochs", 2, "--quiet", "--json")
+    older, newest = sorted((tmp_path / "r/checkpoints").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    torn = anyfit("fit", "image", "--data", "digits", "--run", "r", "--resume", "--epochs", 3, "--quiet", "--json")
+    assert torn.code == 2 and f"the last good one is r/checkpoints/{older.name}" in torn.err
+    content = bytearray(older.read_bytes())
+    content[-3] ^= 1
+    older.write_bytes(bytes(content))
+    altered = anyfit("fit", "image", "--data", "digits", "--run", "r", "--resume", "--epochs", 3, "--quiet", "--json")
+    assert altered.code == 2 and "there is no other" in altered.err
+
+
+SCRIPT = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.argv = ["anyfit", *{arguments!r}]
+from anyfit.cli import main
+main()
+"""
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(anyfit: Run, tmp_path: Path) -> None:
+    base = ["fit", "image", "--data", "digits", "--run", "r", "--quiet", "--json"]
+    anyfit(*base, "--epochs", 1)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "r/checkpoints").glob("*.safetensors")}
+    # no byte beyond 100 kB fits into any file: what a full disk looks like to a writer
+    script = SCRIPT.format(limit=100_000, arguments=[*base, "--resume", "--epochs", "2"])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "cannot write r/checkpoints" in done.stderr and "untouched" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r/checkpoints").glob("*.safetensors")} == kept
+    assert anyfit(*base, "--resume", "--epochs", 2).json["epochs"] == 2
+
+
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom anyfit.run import Folder\nfolder = Folder(Path('r'), resume=True)\nprint('held', flush=True)\ntime.sleep(60)\n"
+
+
+def test_a_run_in_use_by_another_process_is_refused(anyfit: Run, tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        done = anyfit("fit", "image", "--data", "digits", "--run", "r", "--resume", *QUICK)
+        assert done.code == 2 and "in use by another process" in done.err
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_exits(name: str, code: int, tmp_path: Path) -> None:
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "anyfit", "fit", "image", "--data", "digits", "--run", "r", "--epochs", "500", "--set", "checkpoint_every_s=0.1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not list(tmp_path.glob("r/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "stopped by a signal; go on with: --run r --resume" in err
+    assert not (tmp_path / "r/result.json").exists()
+
+
+def test_help_loads_neither_torch_nor_numpy() -> None:
+    script = "import sys\nsys.argv = ['anyfit', '--help']\nfrom anyfit.cli import main\ntry: main()\nexcept SystemExit: pass\nprint({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
