@@ -66,7 +66,7 @@ format: $(READY) ## put the format right, and the lint that can mend itself
 	@$(PY) -m ruff format .
 
 docs: $(READY) ## the pages, into docs/_build/html; a warning is an error
-	@$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@$(PY) -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 
 bench: $(READY) ## the engine against raw loops and other trainers (ARGS=--json for figures)
 	@$(PY) benchmarks/engine.py $(ARGS)

@@ -12,4 +12,3 @@ html_theme = "alabaster"  # comes with Sphinx; pages need nothing from the netwo
 html_theme_options = {"description": "Write a learning task once; fit it anywhere."}
 html_show_copyright = False
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # the index may stand alone: pages join it by lying beside it

@@ -1,6 +1,6 @@
 """The same task on this machine and over three sites of very different size; neither site shows its rows to anyone.
 
-    python examples/federated_digits.py
+python examples/federated_digits.py
 """
 
 from __future__ import annotations

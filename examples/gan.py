@@ -1,6 +1,6 @@
 """Two optimizers and an inner loop of one's own: a small GAN on the digits, resumable like any other fit.
 
-    python examples/gan.py [STEPS]
+python examples/gan.py [STEPS]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A torch Dataset, a DataLoader, a Hugging Face style model with labels, and metrics that are plain functions: nothing is converted.
 
-    python examples/own_data.py
+python examples/own_data.py
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ from anyfit.task import Task, adamw
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Dropout2d(0.2))
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Dropout2d(0.2)
+        )
         self.out = nn.Linear(8 * 6 * 6, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -73,7 +75,7 @@ def arm(when: str) -> Any:
         def torn(tensors: Any, path: Path, metadata: Any) -> None:
             save_file(tensors, path, metadata=metadata)
             if reached():
-                os.truncate(path, os.path.getsize(path) // 2)
+                os.truncate(path, path.stat().st_size // 2)
                 die()
 
         anyfit.state.save_file = torn  # type: ignore[assignment]
@@ -86,7 +88,7 @@ def arm(when: str) -> Any:
         def half(self: Folder, event: Any) -> None:
             line(self, event)
             if reached():
-                os.truncate(self.path / "metrics.jsonl", os.path.getsize(self.path / "metrics.jsonl") - 9)
+                os.truncate(self.path / "metrics.jsonl", (self.path / "metrics.jsonl").stat().st_size - 9)
                 die()
 
         Folder.line = half  # type: ignore[method-assign]

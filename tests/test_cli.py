@@ -72,12 +72,31 @@ def test_a_person_sees_lines_and_a_table(anyfit: Run) -> None:
 
 
 def test_one_seed_gives_one_result(anyfit: Run) -> None:
-    first, second, other = (anyfit("fit", "image", "--data", "digits", "--test", 0.2, "--seed", seed, *QUICK).json["test"] for seed in (1, 1, 2))
+    first, second, other = (
+        anyfit("fit", "image", "--data", "digits", "--test", 0.2, "--seed", seed, *QUICK).json["test"] for seed in (1, 1, 2)
+    )
     assert first == second != other
 
 
 def test_evaluate_and_predict_read_a_run(anyfit: Run, adults: Path, tmp_path: Path) -> None:
-    fitted = anyfit("fit", "tabular", "--data", adults, "--target", "income", "--test", adults, "--run", "r", "--epochs", 20, "--batch-size", 32, "--quiet", "--json")
+    fitted = anyfit(
+        "fit",
+        "tabular",
+        "--data",
+        adults,
+        "--target",
+        "income",
+        "--test",
+        adults,
+        "--run",
+        "r",
+        "--epochs",
+        20,
+        "--batch-size",
+        32,
+        "--quiet",
+        "--json",
+    )
     assert fitted.json["test"]["accuracy"] > 0.95
     assert anyfit("evaluate", "r", "--data", adults, "--json").json["accuracy"] == fitted.json["test"]["accuracy"]
     unlabelled = tmp_path / "new.csv"
@@ -124,7 +143,23 @@ def test_federate_over_files(anyfit: Run, adults: Path, tmp_path: Path) -> None:
     for name, part in (("a", lines[1:30]), ("b", lines[30:180]), ("c", lines[180:])):
         (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *part]) + "\n")
     sites = [item for name in "abc" for item in ("--site", f"{name}.csv")]
-    done = anyfit("federate", "tabular", *sites, "--rounds", 10, "--epochs", 3, "--batch-size", 16, "--target", "income", "--test", adults, "--quiet", "--json")
+    done = anyfit(
+        "federate",
+        "tabular",
+        *sites,
+        "--rounds",
+        10,
+        "--epochs",
+        3,
+        "--batch-size",
+        16,
+        "--target",
+        "income",
+        "--test",
+        adults,
+        "--quiet",
+        "--json",
+    )
     assert done.code == 0 and done.json["test"]["accuracy"] > 0.9
     assert done.json["bytes"]["up"] > 0
     twice = anyfit("federate", "tabular", "--site", "a.csv", "--site", "a.csv", "--rounds", 1, "--json")
@@ -184,18 +219,30 @@ BAD = {
     "missing file": (("--data", "nowhere.csv"), "data (='nowhere.csv') does not exist"),
     "empty file": (("--data", "empty.csv"), "data (='empty.csv') is empty"),
     "header only": (("--data", "header.csv", "--target", "y"), "has no rows"),
-    "wrong target": (("--data", "adults.csv", "--target", "wage"), "target (='wage') is not a column of adults.csv; the columns are: age, job, income"),
+    "wrong target": (
+        ("--data", "adults.csv", "--target", "wage"),
+        "target (='wage') is not a column of adults.csv; the columns are: age, job, income",
+    ),
     "one class": (("--data", "one.csv", "--target", "y"), "one class only (a)"),
     "ragged": (("--data", "ragged.csv", "--target", "y"), "cannot be read as a table"),
-    "large batch": (("--data", "adults.csv", "--target", "income", "--batch-size", "5000"), "batch_size (=5000) is larger than the 400 rows"),
+    "large batch": (
+        ("--data", "adults.csv", "--target", "income", "--batch-size", "5000"),
+        "batch_size (=5000) is larger than the 400 rows",
+    ),
     "unknown field": (("--data", "adults.csv", "--target", "income", "--set", "depth=3"), "depth is no field of Tabular"),
     "wrong type": (("--data", "adults.csv", "--target", "income", "--set", "dropout=high"), "dropout (='high') must be a finite number"),
-    "wrong plan type": (("--data", "adults.csv", "--target", "income", "--set", "patience=soon"), "patience (='soon') must be a whole number or none"),
+    "wrong plan type": (
+        ("--data", "adults.csv", "--target", "income", "--set", "patience=soon"),
+        "patience (='soon') must be a whole number or none",
+    ),
     "no equals": (("--data", "adults.csv", "--target", "income", "--set", "dropout"), "--set (='dropout') must be NAME=VALUE"),
     "no cuda": (("--data", "adults.csv", "--target", "income", "--device", "cuda:7"), "device (='cuda:7') is not there"),
     "no device": (("--data", "adults.csv", "--target", "income", "--device", "abacus"), "device (='abacus') must be auto, cpu"),
     "bad fraction": (("--data", "adults.csv", "--target", "income", "--test", "1.5"), "fraction (=1.5) of a split must be between 0 and 1"),
-    "unknown type": (("--data", "adults.csv", "--target", "income", "--type", "age=colour"), "type (='colour') of column 'age' must be one of"),
+    "unknown type": (
+        ("--data", "adults.csv", "--target", "income", "--type", "age=colour"),
+        "type (='colour') of column 'age' must be one of",
+    ),
 }
 
 
@@ -240,7 +287,7 @@ def test_a_run_folder_is_never_overwritten(anyfit: Run, adults: Path, tmp_path: 
     again = anyfit("fit", "image", "--data", "digits", "--run", "r", *QUICK)
     assert again.code == 2 and "holds a run already; pass resume" in again.err
     other = anyfit("fit", "tabular", "--data", adults, "--target", "income", "--run", "r", "--resume", *QUICK)
-    assert other.code == 2 and "is no field of Tabular" in other.err or "is a fit of task" in other.err
+    assert (other.code == 2 and "is no field of Tabular" in other.err) or "is a fit of task" in other.err
     seed = anyfit("fit", "image", "--data", "digits", "--run", "r", "--resume", "--seed", 9, *QUICK)
     assert seed.code == 2 and "seed (=9) was 0" in seed.err
     (tmp_path / "full").mkdir()
@@ -306,7 +353,21 @@ def test_a_signal_saves_and_exits(name: str, code: int, tmp_path: Path) -> None:
     import signal
     import time
 
-    command = [sys.executable, "-m", "anyfit", "fit", "image", "--data", "digits", "--run", "r", "--epochs", "500", "--set", "checkpoint_every_s=0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "anyfit",
+        "fit",
+        "image",
+        "--data",
+        "digits",
+        "--run",
+        "r",
+        "--epochs",
+        "500",
+        "--set",
+        "checkpoint_every_s=0.1",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     while not list(tmp_path.glob("r/checkpoints/step-*")):
         assert process.poll() is None

@@ -15,7 +15,9 @@ CONFIGURATIONS = [(optimizer, channels_last) for optimizer in ("adamw", "sgd") f
 
 def start(run: Path, optimizer: str, channels_last: str, when: str) -> int:
     """-> the exit code; -9 where the kill came before the end."""
-    done = subprocess.run([sys.executable, str(WORKER), str(run), optimizer, channels_last, when], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(run), optimizer, channels_last, when], capture_output=True, text=True, check=False
+    )
     assert done.returncode in (0, -9), done.stderr
     return done.returncode
 

@@ -70,7 +70,7 @@ class MeanOfMeans(FedAvg):
 
     def local(self, *arguments: Any) -> tuple[Update, Any]:
         update, memory = super().local(*arguments)
-        deltas = {name: value for name, value in update.mean("weights").items()}
+        deltas = dict(update.mean("weights"))
         return Update.of("weights", deltas, 1.0).joined(Update({"loss": update.groups["loss"]})), memory
 
 

@@ -79,7 +79,7 @@ def _try_step(task: Task, model: nn.Module, batch: Any, problems: list[str]) -> 
 
 
 def _sums_of_parts(task: Task, model: nn.Module, batch: Any, problems: list[str]) -> dict[str, float] | None:
-    """loss x count of a batch against the sum of that over two uneven parts, without dropout.
+    """Loss x count of a batch against the sum of that over two uneven parts, without dropout.
 
     They differ where the count is not the loss's denominator (ignored labels, class weights, shifted tokens) or where a row's
     output depends on its neighbours (batch statistics).
@@ -165,5 +165,3 @@ def _try_metrics(task: Task, model: nn.Module, batch: Any, schema: Any, problems
     except (AnyfitError, RuntimeError, TypeError, IndexError, ValueError) as error:
         problems.append(f"metrics fail: {error}")
         return []
-
-

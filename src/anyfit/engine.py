@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from anyfit.data import Batches
 from anyfit.errors import DataError, InputError, Lost, NonFinite, RunError, TaskError
+from anyfit.metrics import Accumulator
 from anyfit.schedule import Schedule
 from anyfit.state import Position, State
-from anyfit.metrics import Accumulator
 from anyfit.task import Step, Task, evaluating, measure
 from anyfit.tree import clone, map_tensors
 from anyfit.values import Plan
@@ -107,7 +107,9 @@ class Trainer:
         self.steps: list[Step] = []  # what the current optimizer step was made of
         self.nominal = 1.0  # the count that gradients are scaled by before they are divided by the true one
         self.scaler = torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None
-        self._parameters = {name: [p for group in optimizer.param_groups for p in group["params"]] for name, optimizer in optimizers.items()}
+        self._parameters = {
+            name: [p for group in optimizer.param_groups for p in group["params"]] for name, optimizer in optimizers.items()
+        }
         self._trained = list({id(p): p for parameters in self._parameters.values() for p in parameters}.values())
         self._counts: list[Count] = []  # of the batches since the last apply
         self._expects_more = False  # whether the window has several batches
@@ -291,7 +293,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"device (={name!r}) must be auto, cpu, cuda, cuda:<number> or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device (={name!r}) is not there: this torch sees {torch.cuda.device_count()} CUDA devices; use device='auto' or 'cpu'")
+        raise InputError(
+            f"device (={name!r}) is not there: this torch sees {torch.cuda.device_count()} CUDA devices; use device='auto' or 'cpu'"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device (='mps') is not there; use device='auto' or 'cpu'")
     return device
@@ -305,13 +309,12 @@ def make_trainer(task: Task, model: nn.Module, plan: Plan, total_steps: int, dev
     built = task.build_optimizer(model)
     optimizers = dict(built) if isinstance(built, Mapping) else {"main": built}
     scheduled = task.build_schedule(built, total_steps)
-    if scheduled is None:
-        schedules = {}
-    else:
-        schedules = dict(scheduled) if isinstance(scheduled, Mapping) else {"main": scheduled}
+    schedules = dict(scheduled) if isinstance(scheduled, Mapping) else {} if scheduled is None else {"main": scheduled}
     for name, schedule in schedules.items():
         if not isinstance(schedule, Schedule):
-            raise TaskError(f"build_schedule gave a {type(schedule).__name__} for {name!r}; wrap it: anyfit.Schedule(scheduler, every='step')")
+            raise TaskError(
+                f"build_schedule gave a {type(schedule).__name__} for {name!r}; wrap it: anyfit.Schedule(scheduler, every='step')"
+            )
     return Trainer(task, model, optimizers, schedules, plan, device, **options)
 
 
@@ -394,7 +397,9 @@ def _joined(steps: Sequence[Step]) -> tuple[Tensor, Count, Mapping[str, Tensor] 
     divisor = count.clamp(min=1) if isinstance(count, Tensor) else count
     loss = sum((step.loss.detach() * step.count for step in steps[1:]), start=steps[0].loss.detach() * steps[0].count) / divisor
     names = {name for step in steps for name in step.logs or {}}
-    logs = {name: torch.stack([step.logs[name].detach() * step.count for step in steps if step.logs]).sum() / divisor for name in sorted(names)}
+    logs = {
+        name: torch.stack([step.logs[name].detach() * step.count for step in steps if step.logs]).sum() / divisor for name in sorted(names)
+    }
     return loss, count, logs or None
 
 
@@ -436,7 +441,9 @@ def _quietly(model: nn.Module, autocast: contextlib.AbstractContextManager[Any] 
         yield
 
 
-def evaluate(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> dict[str, Any]:
+def evaluate(
+    task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None
+) -> dict[str, Any]:
     """The task's evaluation: figures by name."""
     with _quietly(model, autocast):
         result = task.evaluate(model, batches)
@@ -457,7 +464,9 @@ def totals(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.
         return measure(task, model, batches, None if batches.schema is None else task.metrics(batches.schema))
 
 
-def predict(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> Iterator[Any]:
+def predict(
+    task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None
+) -> Iterator[Any]:
     """Predictions batch by batch, on the CPU."""
     for batch in batches:
         with _quietly(model, autocast):

@@ -172,7 +172,10 @@ class _Federation:
         record = record_of("federate", self.task, self.model, self.plan, self.schema, self.device)
         record["strategy"] = {"name": self.strategy.name, "values": asdict(self.strategy) if is_dataclass(self.strategy) else {}}
         record["rounds"] = self.rounds
-        record["data"] = {worker.site: {"source": worker.source_name, "rows": worker.num_rows, "sha256": data.fingerprint(worker.rows)} for worker in self.workers}
+        record["data"] = {
+            worker.site: {"source": worker.source_name, "rows": worker.num_rows, "sha256": data.fingerprint(worker.rows)}
+            for worker in self.workers
+        }
         record["sites"] = {worker.site: {"source": worker.source_name, "rows": worker.num_rows} for worker in self.workers}
         if self.test is not None and test is not None:
             record["data"]["test"] = {"source": test.name, "rows": self.test.rows}
@@ -181,7 +184,9 @@ class _Federation:
             if before is not None:
                 changed = compare(self.folder, before, record)
                 if before["strategy"] != record["strategy"]:
-                    raise StateError(f"run (={str(self.folder.path)!r}) has the strategy {before['strategy']}, not {record['strategy']}; start a new run")
+                    raise StateError(
+                        f"run (={str(self.folder.path)!r}) has the strategy {before['strategy']}, not {record['strategy']}; start a new run"
+                    )
                 if changed:
                     record["forks"] = [*before["forks"], {"step": 0 if state is None else state.position.step, "changed": changed}]
             if state is not None:
@@ -193,7 +198,9 @@ class _Federation:
             self.folder.write_record(record)
         self.record = record
         rows = {worker.site: worker.num_rows for worker in self.workers}
-        self.emit({"event": "start", "round": self.state.position.step, "rounds": self.rounds, "sites": rows, "parameters": record["parameters"]})
+        self.emit(
+            {"event": "start", "round": self.state.position.step, "rounds": self.rounds, "sites": rows, "parameters": record["parameters"]}
+        )
 
     def _progress(self) -> dict[str, Any]:
         return {"metrics_bytes": 0 if self.folder is None else self.folder.metrics_bytes(), "bytes": dict(self.bytes)}
@@ -272,7 +279,9 @@ def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _refuse_batch_statistics(task: Task, model: nn.Module) -> None:
     """Running means that stay at the sites would leave the joint model with those of its first moment."""
-    kept = [name for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var")) and not task.shared(name, buffer)]
+    kept = [
+        name for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var")) and not task.shared(name, buffer)
+    ]
     if kept:
         raise TaskError(
             f"the model keeps batch statistics ({kept[0]}), which sites do not exchange; let shared() of {type(task).__name__} return True for "

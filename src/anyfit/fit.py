@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from anyfit import data, engine
 from anyfit.data import Batches, Rows, Source
-from anyfit.engine import Losses, Stepped, Trainer
+from anyfit.engine import Losses, Stepped
 from anyfit.errors import DataError, InputError, NonFinite, StateError
 from anyfit.load import load, reference
 from anyfit.metrics import Metric
@@ -90,7 +90,9 @@ def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, tes
     if isinstance(source.origin, DataLoader):
         apart = data.taken_apart(source.origin)
         if apart is None:
-            notices.append("this DataLoader has a sampler of its own: it runs as it is, without seek, shares or exact resume within an epoch")
+            notices.append(
+                "this DataLoader has a sampler of its own: it runs as it is, without seek, shares or exact resume within an epoch"
+            )
         else:
             dataset, fields, collate, shuffle = apart
             source, defaults = dataclasses.replace(source, origin=dataset), defaults.updated(**fields)
@@ -301,7 +303,7 @@ class _Fit:
         self.best, self.bad, self.stopped = progress["best"], int(progress["bad"]), progress["stopped"]
         self.logged_step = int(progress["logged_step"])
         self.losses.events = [_stepped(item) for item in progress["pending"]]
-        if self.trainer.position.step < self.total and not self.stopped == "patience":
+        if self.trainer.position.step < self.total and self.stopped != "patience":
             self.stopped = None
         if self.best is not None:
             if self.best["step"] == state.position.step:  # killed between the checkpoint and its second name
@@ -365,7 +367,9 @@ class _Fit:
         figures = engine.evaluate(self.prepared.task, self.trainer.model, self.validation, self.trainer.autocast())
         loss = figures["loss"]
         if loss is None or not abs(loss) < float("inf"):
-            raise NonFinite(f"validation loss (={loss}) is not finite after step {event.position.step}; lower the learning rate. The last checkpoint is untouched.")
+            raise NonFinite(
+                f"validation loss (={loss}) is not finite after step {event.position.step}; lower the learning rate. The last checkpoint is untouched."
+            )
         for schedule in self.trainer.schedules.values():
             if schedule.every == "evaluation":
                 schedule.advance(loss)
@@ -376,8 +380,19 @@ class _Fit:
             if plan.keeps_best:
                 self.best_weights = clone(dict(self.trainer.model.state_dict()))
         if self.folder is not None:
-            self.folder.timing({"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": time.monotonic() - begun})
-        self._line({"event": "evaluate", "step": event.position.step, "epoch": event.epoch, "split": "validation", **scalars(figures), "best": better})
+            self.folder.timing(
+                {"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": time.monotonic() - begun}
+            )
+        self._line(
+            {
+                "event": "evaluate",
+                "step": event.position.step,
+                "epoch": event.epoch,
+                "split": "validation",
+                **scalars(figures),
+                "best": better,
+            }
+        )
         self.figures = figures
         return better and plan.keeps_best
 
@@ -431,7 +446,9 @@ class _Fit:
         }
         if self.folder is not None and self.stopped != "signal":
             self.folder.finish(result)
-        return Run(prepared.task, trainer.model, state, self.record, self.history, result, None if self.folder is None else self.folder.path)
+        return Run(
+            prepared.task, trainer.model, state, self.record, self.history, result, None if self.folder is None else self.folder.path
+        )
 
 
 def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schema, device: torch.device) -> dict[str, Any]:
@@ -480,7 +497,9 @@ def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -
             "start a new run, or pass weights="
         )
     if before["task"]["code"] != now["task"]["code"]:
-        raise StateError(f"{where} was made by other code of task {now['task']['class']}; start a new run with weights={str(folder.path)!r}")
+        raise StateError(
+            f"{where} was made by other code of task {now['task']['class']}; start a new run with weights={str(folder.path)!r}"
+        )
     for split in sorted((set(before["data"]) | set(now["data"])) - {"test"}):
         old, new = before["data"].get(split), now["data"].get(split)
         if (old or {}).get("sha256") != (new or {}).get("sha256"):
@@ -494,7 +513,9 @@ def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -
     fixed = [name for name in ORDER if name in changed]
     if fixed:
         was, new_value = changed[fixed[0]]
-        raise StateError(f"{fixed[0]} (={new_value!r}) was {was!r} in {where}; a change means other batches, so start a new run with weights=")
+        raise StateError(
+            f"{fixed[0]} (={new_value!r}) was {was!r} in {where}; a change means other batches, so start a new run with weights="
+        )
     return changed
 
 

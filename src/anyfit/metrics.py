@@ -22,10 +22,10 @@ __all__ = [
     "MAE",
     "R2",
     "RMSE",
+    "Accumulator",
     "Accuracy",
     "CalibrationError",
     "Confusion",
-    "Accumulator",
     "LogLoss",
     "Metric",
     "default_metrics",
@@ -57,7 +57,7 @@ def _logits(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if outputs_BC.shape[0] != targets_B.shape[0]:
         raise InputError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} do not belong together")
     kept = targets_B != IGNORED
-    if not targets.dim() == 1 or not bool(kept.all()):
+    if targets.dim() != 1 or not bool(kept.all()):
         outputs_BC, targets_B = outputs_BC[kept], targets_B[kept]
     return outputs_BC, targets_B
 

@@ -85,7 +85,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def _physical(tensor: Tensor) -> tuple[Tensor, list[int] | None]:
     """A contiguous view of the memory as it lies, and the order of dimensions that leads back; moments of a channels-last model
-    reloaded dense would give other weights in silence."""
+    reloaded dense would give other weights in silence.
+    """
     if tensor.is_contiguous():
         return tensor, None
     order = sorted(range(tensor.dim()), key=lambda dimension: (-int(tensor.stride()[dimension]), dimension))

@@ -192,7 +192,9 @@ def task_values(task: Task) -> dict[str, Any]:
             return {key: convert(name, item) for key, item in value.items()}
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise TaskError(f"field {name} (={value!r}) of {type(task).__name__} must be a JSON value, a File or a task; build other objects in its methods")
+        raise TaskError(
+            f"field {name} (={value!r}) of {type(task).__name__} must be a JSON value, a File or a task; build other objects in its methods"
+        )
 
     return {field.name: convert(field.name, getattr(task, field.name)) for field in dataclasses.fields(task)}  # type: ignore[arg-type]
 
@@ -218,7 +220,9 @@ def adamw(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, betas:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise TaskError("the model has no parameter that trains; leave requires_grad on for at least one, or define build_optimizer")
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=all(p.is_floating_point() for p in parameters))
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=all(p.is_floating_point() for p in parameters)
+    )
 
 
 def measure(task: Task, model: nn.Module, batches: Iterable[Any], metrics: Mapping[str, Any] | None = None) -> Accumulator:
@@ -306,7 +310,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
     # names that the model does not know (a plain net's `input`): the features in their order
     features = [value for name, value in named.items() if name not in TARGETS]
     if len(features) < inputs.required - len(known):
-        raise TaskError(f"the model's forward wants {', '.join(inputs.names)}, but the batch has {', '.join(map(str, named))}; define forward(self, model, batch)")
+        raise TaskError(
+            f"the model's forward wants {', '.join(inputs.names)}, but the batch has {', '.join(map(str, named))}; define forward(self, model, batch)"
+        )
     return model(*features[: len(inputs.names) - len(known)], **known)
 
 
@@ -339,12 +345,16 @@ def _default_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor
     outputs = outputs if outputs.dtype not in (torch.float16, torch.bfloat16) else outputs.float()
     if target.is_floating_point():
         if outputs.numel() != target.numel():
-            raise TaskError(f"outputs {tuple(outputs.shape)} and target {tuple(target.shape)} differ in size; make the model give one number for each")
+            raise TaskError(
+                f"outputs {tuple(outputs.shape)} and target {tuple(target.shape)} differ in size; make the model give one number for each"
+            )
         return nn.functional.mse_loss(outputs.reshape(target.shape), target.to(outputs.dtype)), target.numel()
     count = (target != IGNORED).sum()
     if outputs.numel() == target.numel():
         kept = (target != IGNORED).to(outputs.dtype)
-        each = nn.functional.binary_cross_entropy_with_logits(outputs.reshape(target.shape), target.to(outputs.dtype), weight=kept, reduction="sum")
+        each = nn.functional.binary_cross_entropy_with_logits(
+            outputs.reshape(target.shape), target.to(outputs.dtype), weight=kept, reduction="sum"
+        )
         return each / count.clamp(min=1), count
     if target.dim() == 1:
         return nn.functional.cross_entropy(outputs, target, ignore_index=IGNORED), count
@@ -353,7 +363,7 @@ def _default_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor
 
 
 def _collate(samples: list[Any], name: str = "") -> Any:
-    """torch's default collate, nested, that pads sequences of different lengths."""
+    """Torch's default collate, nested, that pads sequences of different lengths."""
     first = samples[0]
     if isinstance(first, Mapping):
         return {key: _collate([sample[key] for sample in samples], str(key)) for key in first}
@@ -362,7 +372,9 @@ def _collate(samples: list[Any], name: str = "") -> Any:
     if isinstance(first, tuple | list) and not all(isinstance(item, int | float) for item in first):
         return tuple(_collate(list(parts)) for parts in zip(*samples, strict=True))
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        fields = {field.name: _collate([getattr(sample, field.name) for sample in samples], field.name) for field in dataclasses.fields(first)}
+        fields = {
+            field.name: _collate([getattr(sample, field.name) for sample in samples], field.name) for field in dataclasses.fields(first)
+        }
         return dataclasses.replace(first, **fields)
     if isinstance(first, list | tuple):
         samples = [torch.tensor(sample) for sample in samples]

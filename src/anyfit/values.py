@@ -33,6 +33,7 @@ __all__ = [
     "write_json",
 ]
 
+
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value (RFC 8785 in spirit): sorted keys, no spaces, no NaN."""
     try:
@@ -82,8 +83,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder. "
-            "What was there before is untouched."
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder. What was there before is untouched."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -115,7 +115,7 @@ class File:
     def of(cls, path: str | os.PathLike[str]) -> Self:
         """Hash the file at `path`."""
         try:
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 return cls(str(path), hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             raise InputError(f"file (={str(path)!r}) cannot be read: {error.strerror or error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -51,7 +50,11 @@ class Worker:
         if isinstance(self.rows, pa.Table):
             target = self._source.target if self._source.target is not None else ("target" if "target" in self.rows.column_names else None)
             return data.infer_schema(self.rows, target, self._source.ignore, self._source.types)
-        sample = {name: value[0] for name, value in self.rows.items()} if isinstance(self.rows, Mapping) else tuple(value[0] for value in self.rows)
+        sample = (
+            {name: value[0] for name, value in self.rows.items()}
+            if isinstance(self.rows, Mapping)
+            else tuple(value[0] for value in self.rows)
+        )
         return data.tensor_schema(sample, self.rows)
 
     def answer(self, order: Order) -> Reply:
@@ -115,5 +118,7 @@ def _set_weights(trainer: engine.Trainer, tensors: Mapping[str, Tensor]) -> None
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in named or named[name].shape != tensor.shape:
-                raise DataError(f"the order holds {name} {tuple(tensor.shape)}, which this site's model has not; all sites must run the same task")
+                raise DataError(
+                    f"the order holds {name} {tuple(tensor.shape)}, which this site's model has not; all sites must run the same task"
+                )
             named[name].copy_(tensor)

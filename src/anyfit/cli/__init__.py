@@ -39,7 +39,9 @@ Group = Annotated[str | None, typer.Option("--group", help="Keep rows with one v
 Split = Annotated[str | None, typer.Option("--split", help="A column that says train, validation or test.")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="A column to leave out. Can be repeated.")]
 Types = Annotated[list[str] | None, typer.Option("--type", metavar="COLUMN=TYPE", help="Force a column's type. Can be repeated.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of the task or of the plan. Can be repeated.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of the task or of the plan. Can be repeated.")
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data (default: the task's).")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows of a batch (default: the task's).")]
@@ -115,7 +117,9 @@ def evaluate(run: RunFolder, data: DataPath, device: Device = None, json: Json =
 
     figures = measure(run, data, device=device or "auto")
     shown = {name: value for name, value in figures.items() if not isinstance(value, list)}
-    _print({"run": str(run), "data": data, **shown}, json, lambda: print_table(["", "value"], [[name, value] for name, value in shown.items()]))
+    _print(
+        {"run": str(run), "data": data, **shown}, json, lambda: print_table(["", "value"], [[name, value] for name, value in shown.items()])
+    )
 
 
 @app.command()
@@ -324,7 +328,9 @@ def _finish(done: Any, as_json: bool, more: dict[str, Any]) -> None:
     splits = {
         split: {name: value for name, value in figures.items() if not isinstance(value, list)} for split, figures in done.splits.items()
     }
-    about = {name: done.result.get(name) for name in ("stopped", "steps", "epochs", "rounds", "seconds") if done.result.get(name) is not None}
+    about = {
+        name: done.result.get(name) for name in ("stopped", "steps", "epochs", "rounds", "seconds") if done.result.get(name) is not None
+    }
     train = done.result.get("train")
     result = {"run": str(done.path), **about, **({"train": train} if train else {}), **splits, **more}
 

@@ -70,7 +70,9 @@ def run_demo(folder: Path) -> dict[str, Any]:
     if not exact:
         sys.stderr.write("the resumed run differs from the uninterrupted one: this is a defect\n")
     print_table(["what", "accuracy", "seconds", "bytes moved"], rows)
-    print_table(["", ""], [["resumed weights and log equal the uninterrupted ones, bit for bit", "yes" if exact else "NO"], ["report", str(report)]])
+    print_table(
+        ["", ""], [["resumed weights and log equal the uninterrupted ones, bit for bit", "yes" if exact else "NO"], ["report", str(report)]]
+    )
     names = ("what", "accuracy", "seconds", "bytes_moved")
     return {"rows": [dict(zip(names, row, strict=True)) for row in rows], "exact": exact, "report": str(report)}
 
@@ -81,7 +83,22 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _command(run: Path, *more: str) -> list[str]:
-    options = ["--data", "digits", "--test", str(TEST), "--epochs", "30", "--batch-size", "32", "--seed", str(SEED), "--run", str(run), "--json", "--quiet"]
+    options = [
+        "--data",
+        "digits",
+        "--test",
+        str(TEST),
+        "--epochs",
+        "30",
+        "--batch-size",
+        "32",
+        "--seed",
+        str(SEED),
+        "--run",
+        str(run),
+        "--json",
+        "--quiet",
+    ]
     # a checkpoint every 0.2 s, so that a kill falls between epochs as well
     return [sys.executable, "-m", "anyfit", "fit", "image", *options, "--set", "checkpoint_every_s=0.2", *more]
 
@@ -112,7 +129,7 @@ def _train_and_kill(run: Path, times: int) -> int:
 
 def _same(a: Path, b: Path) -> bool:
     """Whether the last checkpoint and the log are equal to the bit."""
-    last = [sorted((run / "checkpoints").glob("step-*"))[-1] for run in (a, b)]
+    last = [max((run / "checkpoints").glob("step-*")) for run in (a, b)]
     logs = [(run / "metrics.jsonl").read_bytes() for run in (a, b)]
     return last[0].name == last[1].name and last[0].read_bytes() == last[1].read_bytes() and logs[0] == logs[1]
 
@@ -127,6 +144,7 @@ def _sites(folder: Path) -> tuple[dict[str, Source], Source]:
     bounds = np.cumsum([0, *(round(share * train.num_rows) for share in SHARES.values())])
     bounds[-1] = train.num_rows
     sites = {
-        name: Source(train.take(pa.array(np.sort(order[start:stop])))) for name, start, stop in zip(SHARES, bounds, bounds[1:], strict=False)
+        name: Source(train.take(pa.array(np.sort(order[start:stop]))))
+        for name, start, stop in zip(SHARES, bounds, bounds[1:], strict=False)
     }
     return sites, Source(parts["test"])

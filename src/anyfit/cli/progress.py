@@ -25,7 +25,13 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._bar.start()
         return self
@@ -46,7 +52,9 @@ class Progress:
         kind = event["event"]
         if kind == "start":
             total = event.get("steps", event.get("rounds"))
-            self._task = self._bar.add_task("steps" if "steps" in event else "rounds", total=total, completed=event.get("step", event.get("round", 0)), loss="")
+            self._task = self._bar.add_task(
+                "steps" if "steps" in event else "rounds", total=total, completed=event.get("step", event.get("round", 0)), loss=""
+            )
         elif kind in ("step", "round"):
             self._bar.update(self._task, completed=event[kind], loss=f"loss {event['loss']:.4f}")
         elif kind in ("evaluate", "notice"):

@@ -106,7 +106,9 @@ class _Indexed(Batches):
             raise DataError("data has no rows; give at least one")
         batch_size = plan.batch_size or rows
         if batch_size > rows and shuffle:
-            raise InputError(f"batch_size (={batch_size}) is larger than the {rows} rows to train on; pass a smaller one, or None for all rows")
+            raise InputError(
+                f"batch_size (={batch_size}) is larger than the {rows} rows to train on; pass a smaller one, or None for all rows"
+            )
         self.rows, self.batch_size, self.step_size = rows, batch_size, min(rows, batch_size * plan.accumulate)
         self.steps_per_epoch = rows // self.step_size if plan.drop_last else -(-rows // self.step_size)
         self.device, self.dtype, self.seed = device, getattr(torch, plan.dtype), plan.seed
@@ -268,7 +270,9 @@ class RowBatches(_Indexed):
             batches = self._prefetched(position, len(parts))
         else:
             batches = [self._fetch(part) for part in parts]
-        return [self._augmented(self._finish(batch), position.epoch, start + index * self.batch_size) for index, batch in enumerate(batches)]
+        return [
+            self._augmented(self._finish(batch), position.epoch, start + index * self.batch_size) for index, batch in enumerate(batches)
+        ]
 
     def _prefetched(self, position: Position, count: int) -> list[Any]:
         """Worker processes read ahead; the order stays ours, so a seek only starts them anew."""

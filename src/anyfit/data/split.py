@@ -35,7 +35,9 @@ def _column_hashes(column: pa.ChunkedArray) -> UInt64:
     if isinstance(column.type, pa.FixedShapeTensorType):
         pixels = pixels_of(column).reshape(len(column), -1)
         weights = _mix(np.arange(pixels.shape[1], dtype=np.uint64)) | np.uint64(1)
-        parts = [(block.astype(np.uint64) * weights).sum(1, dtype=np.uint64) for block in np.array_split(pixels, max(1, len(pixels) // 4096))]
+        parts = [
+            (block.astype(np.uint64) * weights).sum(1, dtype=np.uint64) for block in np.array_split(pixels, max(1, len(pixels) // 4096))
+        ]
         return _mix(np.concatenate(parts))
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
         numbers = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
@@ -119,7 +121,9 @@ def take_fraction(rows: Any, fraction: float, *, group: str | None, salt: str) -
     if group is not None:
         raise DataError(f"group (={group!r}) needs a table; these rows have no columns")
     if isinstance(rows, DataLoader | IterableDataset):
-        raise DataError("a stream or a DataLoader with its own sampler cannot be split by fraction; give validation and test data of their own")
+        raise DataError(
+            "a stream or a DataLoader with its own sampler cannot be split by fraction; give validation and test data of their own"
+        )
     tensors = isinstance(rows, tuple | Mapping)
     count = int(first_tensor(rows).shape[0]) if tensors else len(rows)
     mask = chosen(np.arange(count, dtype=np.uint64), fraction, salt)

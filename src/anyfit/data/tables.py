@@ -28,9 +28,7 @@ MOST_TARGET_VALUES = 100  # a whole-number target with at most so many distinct 
 MISSING = "missing"  # stands beside the mean's sums; a column's own group keeps the names apart
 
 
-def infer_schema(
-    table: pa.Table, target: str | None, ignore: Sequence[str] = (), types: Mapping[str, ColumnType] | None = None
-) -> Schema:
+def infer_schema(table: pa.Table, target: str | None, ignore: Sequence[str] = (), types: Mapping[str, ColumnType] | None = None) -> Schema:
     """Names and semantic types from the table's own types; `types` overrules."""
     columns = []
     for field in table.schema:
@@ -77,8 +75,6 @@ def _words(column: pa.ChunkedArray) -> pa.ChunkedArray:
         if whole:
             column = column.cast(pa.int64())
     return column.cast(pa.string())
-
-
 
 
 def statistics(table: pa.Table, schema: Schema) -> Update:
@@ -206,7 +202,9 @@ def _target(table: pa.Table, schema: Schema) -> Tensor:
     unseen = (codes < 0) & ~missing
     if unseen.any():
         value = _words(values)[int(np.nonzero(unseen)[0][0])].as_py()
-        raise DataError(f"target {column.name!r} holds {value!r}, which training did not have; its classes are: {', '.join(column.categories or ())}")
+        raise DataError(
+            f"target {column.name!r} holds {value!r}, which training did not have; its classes are: {', '.join(column.categories or ())}"
+        )
     return torch.from_numpy(np.where(missing, -100, codes))
 
 

@@ -15,15 +15,15 @@ from anyfit.report.records import Records, mapping, mappings, number, scalars, w
 __all__ = ["build"]
 
 _HEADLINES = ("accuracy", "rmse", "auroc", "f1")  # the first that a split has is its large figure
-_MANY_ROWS, _MANY_COLUMNS = 100, 25
+_MANY_ROWS, _LONG = 100, 25  # rows of a table at most; more than can be looked over, so folded up
 
 
 def _figure(picture: Picture, alt: str, caption: str) -> Html:
     """A picture that follows the reader's light or dark; paper is light."""
     light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (picture.light, picture.dark))
     source = tag("source", media="screen and (prefers-color-scheme: dark)", srcset=dark)
-    image = tag("img", src=light, alt=alt, style=f"width: {1024 * picture.width:.0f}px")
-    return tag("figure", tag("picture", source, image), *([tag("figcaption", caption)] if caption else []))
+    parts = [tag("picture", source, tag("img", src=light, alt=alt)), *([tag("figcaption", caption)] if caption else [])]
+    return tag("figure", *parts, style=f"width: {1024 * picture.width:.0f}px")
 
 
 def _section(title: str, *children: object) -> Html:
@@ -137,10 +137,10 @@ def _curves(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]
         yield _section("Curves", tag("p", "Nothing has been recorded yet.", class_="note"))
         return
     forks = " Dashed lines: resumed with changed settings." if mappings(records.record.get("forks")) else ""
-    meaning = "of each round's sites" if records.clock == "round" else "since the point before"
+    meaning = "rows of all sites in that round" if records.clock == "round" else "batches since the point before"
     parts = []
     if "loss" in pictures:
-        caption = f"Each training point is the mean over the batches {meaning}." + forks
+        caption = f"Each training point is the mean over the {meaning}." + forks
         parts.append(_figure(pictures["loss"], "Loss in training and evaluation", caption))
     if "metrics" in pictures:
         left_out = len({*records.evaluations, *records.training} - {"loss", "lr"}) - MANY_PANELS
@@ -153,9 +153,7 @@ def _class_section(records: Records, pictures: Mapping[str, Picture]) -> Iterato
     """Which classes are told apart: the confusion matrix, and precision, recall and F1 of each class."""
     found = records.classes
     if found is None:
-        if {"rmse", "mae", "r2"} & {name for figures in records.splits.values() for name in figures}:
-            text = "The target is a number, so there are no classes to confuse; rmse and mae are in the target's unit."
-            yield _section("Errors", tag("p", text, class_="note"))
+        yield from _regression_section(records)
         return
     split, matrix = found
     names, total = records.class_names(len(matrix)), sum(map(sum, matrix))
@@ -174,6 +172,20 @@ def _class_section(records: Records, pictures: Mapping[str, Picture]) -> Iterato
         parts.append(tag("p", reason, class_="note"))
     tables = tag("div", *_class_tables(matrix, names), class_="column")
     yield _section(f"Classes ({split})", tag("p", text, class_="note"), tag("div", *parts, tables, class_="pair"))
+
+
+def _regression_section(records: Records) -> Iterator[Html]:
+    """How far off a number is, against the plainest guess."""
+    for split, figures in _told(records).items():
+        if not {"rmse", "mae", "r2"} & set(figures):
+            continue
+        rmse, explained = figures.get("rmse"), figures.get("r2")
+        text = "The target is a number, so there are no classes to confuse; rmse and mae are in its unit."
+        if rmse is not None and explained is not None and explained < 1:
+            guess = rmse / math.sqrt(1 - explained)  # r2 = 1 - rmse² / variance
+            text += f" Always answering the mean of these rows would give an rmse of {spell(guess)}."
+        yield _section(f"Regression ({split})", tag("p", text, class_="note"))
+        return
 
 
 def _class_tables(matrix: list[list[int]], names: Sequence[str]) -> Iterator[Html]:
@@ -235,23 +247,26 @@ def _site_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator
         name: mapping(known.get(name)) | {key: value for key, value in records.last_at_site.get(name, {}).items() if value is not None}
         for name in names
     }
-    total = sum(whole(entry.get("rows")) or 0 for entry in entries.values())
+    sizes = [whole(entry.get("rows")) or 0 for entry in entries.values()]
+    total, largest = sum(sizes), max(*sizes, 1)
     traffic = [key for key in ("bytes_up", "bytes_down") if any(entry.get(key) for entry in entries.values())]
     rows = []
     for name in names[:_MANY_ROWS]:
         entry = entries[name]
         count, figures = whole(entry.get("rows")), [number(entry.get(metric)) for metric in metrics]
         share = (count or 0) / total if total else 0.0
-        bar = tag("span", tag("i", style=f"width: {100 * share:.1f}%"), class_="bar", title=f"{share:.1%}")
+        bar = tag("span", tag("i", style=f"width: {100 * (count or 0) / largest:.1f}%"), class_="bar")
         moved = [_size(entry.get(key) or 0) for key in traffic]
-        rows.append((name, count, bar, whole(entry.get("rounds")), *figures, *moved))
+        rows.append((name, count, tag("span", bar, f"{share:.1%}"), whole(entry.get("rounds")), *figures, *moved))
     last = [f"last {metric}" for metric in metrics]
     head = ("site", "rows", "share of rows", "rounds", *last, *(key.replace("bytes_", "") for key in traffic))
     parts = [_figure(pictures["sites"], "Curves of the sites", "")] if "sites" in pictures else []
+    listed = table(head, rows)
+    parts.append(tag("details", tag("summary", f"{len(names):,} sites"), listed) if len(names) > _LONG else listed)
     note = [f"The first {_MANY_ROWS} of {len(names):,} sites."] if len(names) > _MANY_ROWS else []
     if any(records.moved.values()):
         note.append(f"All sites together sent {_size(records.moved['bytes_up'])} and received {_size(records.moved['bytes_down'])}.")
-    yield _section("Sites", table(head, rows), *([tag("p", " ".join(note), class_="note")] if note else []), *parts)
+    yield _section("Sites", *parts, *([tag("p", " ".join(note), class_="note")] if note else []))
 
 
 def _settings(title: str, values: Mapping[str, Any]) -> Html:
@@ -298,7 +313,7 @@ def _data_section(records: Records) -> Html:
     listed = table(("column", "type", "values"), [_column(column, schema.get("target")) for column in columns[:_MANY_ROWS]])
     count = f"{len(columns):,} columns" if len(columns) > 1 else "One column"
     count += f", of which the first {_MANY_ROWS} are shown" if len(columns) > _MANY_ROWS else ""
-    if len(columns) > _MANY_COLUMNS:
+    if len(columns) > _LONG:
         return _section("Data", *parts, tag("details", tag("summary", count), listed))
     return _section("Data", *parts, tag("h3", count), listed)
 
@@ -316,7 +331,7 @@ def _column(column: Mapping[str, Any], target: object) -> tuple[object, ...]:
         values.append(f"mean {_moment(mean)}, standard deviation {_moment(deviation)}")
     name = str(column.get("name"))
     marked = Html(markup(name) + tag("span", "target", class_="tag")) if name == target else name
-    return marked, str(column.get("type")), "; ".join(values)
+    return marked, str(column.get("type")), "; ".join(values) or None
 
 
 def _moment(value: Any) -> str:

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from anyfit.report.records import Points, Records, mappings, number
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -84,7 +86,7 @@ def _style(axes: Axes, title: str, clock: str | None) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, list(axes.get_yticks()))))
     axes.margins(x=0.02, y=0.08)
     if clock:
         axes.set_xlabel(clock, fontsize=7.5, color=_MUTED)
@@ -92,9 +94,20 @@ def _style(axes: Axes, title: str, clock: str | None) -> None:
         axes.tick_params(labelbottom=False)
 
 
+def _tick(value: float, ticks: list[float]) -> str:
+    """A tick's label, with as many decimals as its neighbours need."""
+    step = min((after - before for before, after in pairwise(ticks)), default=value) or 1.0
+    places = next((places for places in range(7) if math.isclose(round(step, places), step, rel_tol=1e-6)), None)
+    return f"{value:,.{places}f}" if places is not None and abs(value) < 1e7 else f"{value:.3g}"
+
+
 def _legend(axes: Axes) -> None:
-    """Above the frame at the right, where it never hides a curve."""
-    handles, labels = axes.get_legend_handles_labels()
+    """Above the frame at the right, where it never hides a curve; tells of the curves of the figure's other panels too."""
+    named: dict[str, Artist] = {}
+    for panel in axes.figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    handles, labels = list(named.values()), list(named)
     if labels:
         columns = min(len(labels), 4)
         legend = axes.legend(
@@ -168,8 +181,9 @@ def _draw_loss(records: Records) -> Figure | None:
         beneath = figure.add_subplot(grid[1], sharex=axes)
         _style(beneath, "learning rate", records.clock)
         _line(beneath, rate, _COLOURS[7], None, width=1.2)
-        beneath.set_ylim(bottom=0)
-        beneath.locator_params(axis="y", nbins=2)
+        highest = max(value for _, value in rate) or 1.0
+        beneath.set_ylim(0, 1.15 * highest)
+        beneath.set_yticks([0, highest], ["0", f"{highest:.3g}"])
         axes.tick_params(labelbottom=False)
     return figure
 
@@ -183,13 +197,13 @@ def _draw_panels(panels: Mapping[str, Mapping[str, Points]], records: Records) -
     """Small multiples: a panel for each name, in it a curve for each split or site."""
     if not panels:
         return None
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     lines = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     are_splits = set(lines) <= {"training", "validation", "test"}
     figure = _new_figure(_WIDTH, rows * (2.9 if columns == 1 else 2.5) + (0.3 if len(lines) > 4 else 0))
     for index, (name, panel) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
+        axes = figure.add_subplot(rows, columns, index + 1, sharex=figure.axes[0] if index else None)
         _style(axes, name, records.clock)
         axes.locator_params(axis="x", nbins=8 if columns == 1 else 5)
         if not are_splits and len(lines) > _MANY_LINES:
@@ -197,8 +211,7 @@ def _draw_panels(panels: Mapping[str, Mapping[str, Points]], records: Records) -
         else:
             for line, points in panel.items():
                 _line(axes, points, _split_colour(line) if are_splits else _COLOURS[lines.index(line) % len(_COLOURS)], line)
-        if index == min(columns, len(panels)) - 1 or columns == 1:
-            _legend(axes)
+    _legend(figure.axes[columns - 1])
     return figure
 
 
@@ -253,7 +266,8 @@ def _drawable(text: str, limit: int = 28) -> str:
 
     font = get_font(findfont("DejaVu Sans"))
     drawn = "".join(letter if font.get_char_index(ord(letter)) else "□" for letter in " ".join(text.split()))
-    return drawn if len(drawn) <= limit else drawn[: limit - 1] + "…"
+    head = (limit - 1) // 2  # what tells names apart is as often at their end
+    return drawn if len(drawn) <= limit else f"{drawn[:head]}…{drawn[head + 1 - limit :]}"
 
 
 def _render(figure: Figure) -> Picture:

@@ -24,9 +24,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, schema: Schema, task: Tabular) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(
-            nn.Embedding(size, min(task.embedding, (size + 1) // 2)) for size in schema.cardinalities
-        )
+        self.embeddings = nn.ModuleList(nn.Embedding(size, min(task.embedding, (size + 1) // 2)) for size in schema.cardinalities)
         width = len(schema.of_type("continuous")) + sum(e.embedding_dim for e in self.embeddings)  # type: ignore[misc]
         layers: list[nn.Module] = []
         for hidden in task.hidden:
