@@ -27,7 +27,7 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
     """An element; a trailing underscore frees an attribute from a Python keyword."""
     opened = "".join(f' {key.rstrip("_")}="{escape(str(value))}"' for key, value in attributes.items())
     inside = "".join(markup(child) for child in children)
-    return Html(f"<{name}{opened}>" if name in ("img", "source") else f"<{name}{opened}>{inside}</{name}>")
+    return Html(f"<{name}{opened}>" if name == "img" else f"<{name}{opened}>{inside}</{name}>")
 
 
 def spell(value: object) -> str:

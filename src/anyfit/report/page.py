@@ -20,9 +20,10 @@ _MANY_ROWS, _LONG = 100, 25  # rows of a table at most; more than can be looked 
 
 def _figure(picture: Picture, alt: str, caption: str) -> Html:
     """A picture that follows the reader's light or dark; paper is light."""
-    light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (picture.light, picture.dark))
-    source = tag("source", media="screen and (prefers-color-scheme: dark)", srcset=dark)
-    parts = [tag("picture", source, tag("img", src=light, alt=alt)), *([tag("figcaption", caption)] if caption else [])]
+    both = (("light", picture.light), ("dark", picture.dark))
+    sources = {mode: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for mode, svg in both}
+    parts = [tag("img", src=source, alt=alt, class_=mode) for mode, source in sources.items()]
+    parts += [tag("figcaption", caption)] if caption else []
     return tag("figure", *parts, style=f"width: {1024 * picture.width:.0f}px")
 
 
@@ -257,7 +258,7 @@ def _site_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator
         share = (count or 0) / total if total else 0.0
         bar = tag("span", tag("i", style=f"width: {100 * (count or 0) / largest:.1f}%"), class_="bar")
         moved = [_size(entry.get(key) or 0) for key in traffic]
-        rows.append((name, count, tag("span", bar, f"{share:.1%}"), whole(entry.get("rounds")), *figures, *moved))
+        rows.append((name, count, tag("span", bar, f"{share:.1%}", class_="nowrap"), whole(entry.get("rounds")), *figures, *moved))
     last = [f"last {metric}" for metric in metrics]
     head = ("site", "rows", "share of rows", "rounds", *last, *(key.replace("bytes_", "") for key in traffic))
     parts = [_figure(pictures["sites"], "Curves of the sites", "")] if "sites" in pictures else []
