@@ -37,10 +37,9 @@ __all__ = [
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value (RFC 8785 in spirit): sorted keys, no spaces, no NaN."""
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"value is not strict JSON: {error}") from error
-    return text.encode()
 
 
 def parse(data: bytes | str, what: str = "JSON") -> Any:

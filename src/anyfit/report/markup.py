@@ -46,6 +46,8 @@ def spell(value: object) -> str:
 
 def plain(value: Any) -> str:
     """A setting as it was given: no rounding, no grouping."""
+    if value is None:
+        return "none"  # as the command line spells it
     return hide(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 

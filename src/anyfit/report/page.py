@@ -337,7 +337,8 @@ def _column(column: Mapping[str, Any], target: object) -> tuple[object, ...]:
 
 def _moment(value: Any) -> str:
     """A column's mean or standard deviation; one for each channel of an image."""
-    return ", ".join(spell(number(item)) for item in (value if isinstance(value, list) else [value]))
+    numbers = [number(item) for item in (value if isinstance(value, list) else [value])]
+    return ", ".join(spell(item) if item is None or abs(item) < 1 else f"{item:,.2f}" for item in numbers)
 
 
 def _environment(records: Records) -> Html:

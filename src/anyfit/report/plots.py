@@ -233,7 +233,7 @@ def _draw_confusion(matrix: list[list[int]], names: Sequence[str]) -> Figure:
     from matplotlib.patches import Rectangle
 
     size = len(matrix)
-    cell = max(0.25, min(0.62, 4.0 / size))
+    cell = max(0.25, min(0.62, 3.7 / size))
     labels = [_drawable(name, 16) for name in names]
     figure = _new_figure(min(_WIDTH, size * cell + 0.7 + 0.065 * max(map(len, labels))), size * cell + 0.9)
     axes = figure.add_subplot()
@@ -245,7 +245,7 @@ def _draw_confusion(matrix: list[list[int]], names: Sequence[str]) -> Figure:
             boxes.append(Rectangle((column - 0.5, row - 0.5), 1, 1))
             shades.append(to_rgba(_COLOURS[0], 0.07 + 0.93 * share if count else 0.0))
             if count and size <= 20:
-                text = f"{count:,}" if count < 10_000 else f"{count / 1000:,.0f}k"
+                text = f"{count:,}" if len(f"{count:,}") * 0.08 < cell else f"{count / 1000:,.0f}k"
                 colour = _PAPER if share > 0.45 else _INK
                 axes.text(column, row, text, ha="center", va="center_baseline", fontsize=min(8.0, 19 * cell), color=colour)
     axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors=_GRID, linewidths=0.6))
@@ -273,6 +273,7 @@ def _drawable(text: str, limit: int = 28) -> str:
 def _render(figure: Figure) -> Picture:
     png, svg = BytesIO(), BytesIO()
     figure.savefig(png, format="png", dpi=170, facecolor="#ffffff", metadata={"Software": None})
+    figure.set_layout_engine("none")  # it is laid out by now, and both pictures shall be the same
     figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     light = svg.getvalue().decode()
     # ids are random in each drawing; numbered in order, equal runs have equal pages
