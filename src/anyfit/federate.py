@@ -16,6 +16,7 @@ from anyfit import data, engine
 from anyfit.data import Batches, Source
 from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError, TaskError
 from anyfit.fit import OnEvent, Prepared, built, compare, last_state, own_random, record_of, scalars, signals
+from anyfit.metrics import figures
 from anyfit.run import Folder, Run
 from anyfit.schema import Column, Schema
 from anyfit.state import Position, State
@@ -225,11 +226,10 @@ class _Federation:
 
     def _round(self, round: int) -> None:
         weights = {name: self.state.model[name] for name in self.names}
-        values = {"schema": self.schema.to_json(), "rounds": self.rounds, "epochs": self.plan.epochs, "steps": self.plan.steps}
         tensors = {**weights, **self.strategy.begin(self.state, len(self.workers))}
         before = dict(self.bytes)
         each: dict[str, Update] = {}
-        total = self._total(Order("train", round, 1, self.plan.seed, tensors, values), each)
+        total = self._total(Order("train", round, 1, self.plan.seed, tensors, self._values()), each)
         if not total.count(WEIGHTS) > 0:
             raise RunError(f"round {round} has no row at any site; nothing was learnt")
         state = self.strategy.finish(self.state, total, len(self.workers))
@@ -248,6 +248,22 @@ class _Federation:
         engine.load_model(self.model, self.state.model)
         return engine.evaluate(self.task, self.model, self.test)
 
+    def _pooled(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Figures over the rows of all sites, from sums that each site sends, and those of each site."""
+        weights = {name: self.state.model[name] for name in self.names}
+        each: dict[str, Update] = {}
+        total = self._total(Order("evaluate", self.state.position.step, 1, self.plan.seed, weights, self._values()), each)
+        metrics = self.task.metrics(self.schema)
+
+        def read(update: Update) -> dict[str, Any]:
+            sums = {name.removeprefix("metric:"): update.sums(name) for name in update.groups}
+            return figures(sums, metrics)
+
+        return read(total), {site: scalars(read(update)) for site, update in each.items()}
+
+    def _values(self) -> dict[str, Any]:
+        return {"schema": self.schema.to_json(), "rounds": self.rounds, "epochs": self.plan.epochs, "steps": self.plan.steps}
+
     def _line(self, event: dict[str, Any]) -> None:
         self.history.append(event)
         if self.folder is not None:
@@ -257,7 +273,12 @@ class _Federation:
     def end(self) -> Run:
         """Final figures of the last round's weights."""
         engine.load_model(self.model, self.state.model)
-        splits = {"test": self._tested()} if self.test is not None and self.stopped == "finished" else {}
+        splits: dict[str, Any] = {}
+        sites: dict[str, Any] = {}
+        if self.stopped == "finished":
+            splits["train"], sites = self._pooled()
+            if self.test is not None:
+                splits["test"] = self._tested()
         result = {
             "stopped": self.stopped,
             "signal": self.signal,
@@ -266,6 +287,7 @@ class _Federation:
             "seconds": time.monotonic() - self.started,
             "best": None,
             "bytes": dict(self.bytes),
+            "sites": sites,
             "splits": splits,
         }
         if self.folder is not None and self.stopped == "finished":

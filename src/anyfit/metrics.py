@@ -29,6 +29,7 @@ __all__ = [
     "LogLoss",
     "Metric",
     "default_metrics",
+    "figures",
 ]
 
 IGNORED = -100  # torch's cross_entropy leaves these targets out, and so does everything here
@@ -205,14 +206,36 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> float | None:
 def default_metrics(outputs: Tensor, targets: Tensor) -> dict[str, Metric]:
     """What the target's type asks for: whole numbers are classes, floats are measured."""
     if targets.is_floating_point():
-        return {"rmse": RMSE(), "mae": MAE(), "r2": R2()}
-    chosen: dict[str, Metric] = {"accuracy": Accuracy()}
+        return {name: DEFAULTS[name] for name in ("rmse", "mae", "r2")}
+    names = ["accuracy"]
     classes = 2 if outputs.shape == targets.shape else outputs.shape[-1]
     if targets.dim() == 1 and classes <= 100:
-        chosen |= {"f1": F1(), "confusion": Confusion()}
+        names += ["f1", "confusion"]
         if classes == 2 or outputs.shape[-1] == 1:
-            chosen["auroc"] = AUROC()
-    return chosen
+            names.append("auroc")
+    return {name: DEFAULTS[name] for name in names}
+
+
+DEFAULTS: dict[str, Metric] = {
+    "accuracy": Accuracy(),
+    "f1": F1(),
+    "confusion": Confusion(),
+    "auroc": AUROC(),
+    "rmse": RMSE(),
+    "mae": MAE(),
+    "r2": R2(),
+}
+
+
+def figures(sums: Mapping[str, Mapping[str, Tensor]], metrics: Mapping[str, Metric | Callable[..., Any]] | None) -> dict[str, Any]:
+    """Figures by name from totals that `Accumulator.sums` gave here or at several sites."""
+    known = metrics if metrics is not None else DEFAULTS
+    loss = sums["loss"]
+    result: dict[str, Any] = {"loss": _ratio(loss["total"], loss["count"])}
+    for name, metric in known.items():
+        if name in sums and isinstance(metric, Metric):
+            result[name] = _finite(metric.value(sums[name]))
+    return {**result, "rows": int(loss["rows"])}
 
 
 class Accumulator:
@@ -263,17 +286,16 @@ class Accumulator:
         """Figures by name; one read from the device."""
         if self._loss is None:
             raise InputError("no batch was evaluated; the data is empty")
+        result = figures(self.sums(), self._metrics)
+        rows = result.pop("rows")
         count = torch.as_tensor(self._count, dtype=torch.float64)
-        result: dict[str, Any] = {"loss": _ratio(self._loss, count)}
         result |= {name: _ratio(total, count) for name, total in self._logs.items()}
-        for name, metric in (self._metrics or {}).items():
-            if isinstance(metric, Metric):
-                if name in self._sums:
-                    result[name] = _finite(metric.value(self._sums[name]))
-            elif self._held:
-                outputs, targets = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-                result[name] = _finite(metric(outputs, targets))
-        return {**result, "rows": self.rows}
+        if self._held:
+            outputs, targets = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+            for name, metric in (self._metrics or {}).items():
+                if not isinstance(metric, Metric):
+                    result[name] = _finite(metric(outputs, targets))
+        return {**result, "rows": rows}
 
 
 def _finite(value: Any) -> Any:

@@ -353,7 +353,9 @@ def _environment(records: Records) -> Html:
 def _repeat(records: Records) -> Html:
     command = _command(records)
     if command:
-        return _section("Repeat it", tag("pre", hide(shlex.join(command))))
+        taken = any(word == "--run" or word.startswith("--run=") for word in command)
+        note = [tag("p", "Name another folder with --run, for this one holds the run already.", class_="note")] if taken else []
+        return _section("Repeat it", tag("pre", hide(shlex.join(command))), *note)
     text = "The run was started from Python; the task, plan and seed above repeat it."
     return _section("Repeat it", tag("p", text, class_="note"))
 

@@ -1,0 +1,194 @@
+"""Federation in process: what is exchanged, what is refused, resume, and figures pooled from sums."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+import anyfit
+from anyfit import FedAvg, Source, Task
+from anyfit.data import read_splits
+from anyfit.errors import DataError, InputError, RunError, StateError, TaskError
+from anyfit.schema import Schema
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, Any]:
+    return read_splits(Source("digits"), None, 0.2, wants_validation=False)
+
+
+@pytest.fixture(scope="module")
+def sites(digits: dict[str, Any]) -> dict[str, pa.Table]:
+    train = digits["train"]
+    return {"small": train.slice(0, 40), "middle": train.slice(40, 300), "large": train.slice(340)}
+
+
+TASK = anyfit.Image(channels=4, hidden=32, dropout=0.1)
+LOCAL: dict[str, Any] = {"rounds": 3, "batch_size": 32, "seed": 2}
+
+
+def test_figures_pooled_from_sums_are_those_of_all_rows(digits: dict[str, Any], sites: dict[str, pa.Table]) -> None:
+    run = anyfit.federate(TASK, sites, test=digits["test"], **LOCAL)
+    expected = anyfit.evaluate(run, digits["train"])
+    for name in ("accuracy", "f1", "confusion", "rows"):
+        assert run.splits["train"][name] == expected[name]
+    assert run.splits["train"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert {site: figures["rows"] for site, figures in run.result["sites"].items()} == {
+        name: table.num_rows for name, table in sites.items()
+    }
+
+
+def test_a_larger_site_counts_more_and_the_loss_falls(sites: dict[str, pa.Table]) -> None:
+    run = anyfit.federate(TASK, sites, **LOCAL)
+    rounds = [line for line in run.history if line["event"] == "round"]
+    assert rounds[0]["loss"] > rounds[-1]["loss"]
+    weighted = sum(site["rows"] * site["loss"] for site in rounds[0]["sites"].values()) / sum(table.num_rows for table in sites.values())
+    assert rounds[0]["loss"] == pytest.approx(weighted, rel=1e-6)
+
+
+def test_bytes_moved_are_those_of_the_weights(sites: dict[str, pa.Table]) -> None:
+    run = anyfit.federate(TASK, sites, **LOCAL)
+    weights = 4 * run.record["parameters"]
+    for line in run.history:
+        assert line["bytes_down"] == 3 * weights
+        assert line["bytes_up"] == 3 * (weights + 8)  # and the loss
+
+
+class Frozen(anyfit.Image):
+    def build_model(self, schema: Schema) -> nn.Module:
+        model = super().build_model(schema)
+        model.conv1.requires_grad_(False)
+        return model
+
+
+def test_frozen_weights_are_neither_sent_nor_changed(sites: dict[str, pa.Table]) -> None:
+    run = anyfit.federate(Frozen(channels=4), sites, **LOCAL)
+    assert run.history[0]["bytes_down"] == 3 * 4 * run.record["trainable"] < 3 * 4 * run.record["parameters"]
+    other = anyfit.federate(Frozen(channels=4), sites, **{**LOCAL, "rounds": 1})
+    assert torch.equal(run.state.model["conv1.weight"], other.state.model["conv1.weight"])
+    assert not torch.equal(run.state.model["conv2.weight"], other.state.model["conv2.weight"])
+
+
+class Normed(Task):
+    travels: bool = False
+
+    def build_model(self, schema: Schema) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch["image"].float() / 16)
+
+    def shared(self, name: str, tensor: torch.Tensor) -> bool:
+        return super().shared(name, tensor) or (self.travels and "running" in name)
+
+
+def test_batch_statistics_travel_or_are_refused(digits: dict[str, Any], sites: dict[str, pa.Table]) -> None:
+    with pytest.raises(TaskError, match=re.escape("keeps batch statistics (2.running_mean)")):
+        anyfit.federate(Normed(), sites, **LOCAL)
+    run = anyfit.federate(Normed(travels=True), sites, test=digits["test"], **{**LOCAL, "rounds": 6})
+    assert run.splits["test"]["accuracy"] > 0.7
+    assert float(run.state.model["2.running_mean"].abs().max()) > 0
+
+
+def test_resume_between_rounds_is_exact(digits: dict[str, Any], sites: dict[str, pa.Table], tmp_path: Path) -> None:
+    options = {**LOCAL, "rounds": 4, "test": digits["test"]}
+    whole = anyfit.federate(TASK, sites, run=tmp_path / "whole", **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["round"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        anyfit.federate(TASK, sites, run=tmp_path / "cut", on_event=stop, **options)
+    again = anyfit.federate(TASK, sites, run=tmp_path / "cut", resume=True, **options)
+    assert again.history == whole.history
+    for name, tensor in whole.state.model.items():
+        assert torch.equal(tensor, again.state.model[name])
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert again.result["bytes"] == whole.result["bytes"]
+    record = json.loads((tmp_path / "cut/run.json").read_text())
+    assert record["kind"] == "federate" and set(record["sites"]) == set(sites)
+    assert anyfit.evaluate(tmp_path / "cut", digits["test"])["accuracy"] == whole.splits["test"]["accuracy"]
+    with pytest.raises(StateError, match="has the strategy"):
+        anyfit.federate(TASK, sites, strategy=FedAvg(lr=0.5), run=tmp_path / "cut", resume=True, **options)
+    with pytest.raises(StateError, match="has other small rows"):
+        anyfit.federate(TASK, {**sites, "small": sites["small"].slice(1)}, run=tmp_path / "cut", resume=True, **options)
+
+
+def test_learning_rate_schedules_run_over_the_whole_federation(sites: dict[str, pa.Table]) -> None:
+    seen: list[float] = []
+
+    class Watched(FedAvg):
+        def local(self, trainer: Any, order: Any, batches: Any, memory: Any) -> Any:
+            seen.append(trainer.learning_rate())
+            return super().local(trainer, order, batches, memory)
+
+    anyfit.federate(TASK, {"one": sites["middle"]}, strategy=Watched(), **{**LOCAL, "rounds": 5})
+    assert seen[1] > seen[2] > seen[3] > seen[4]
+
+
+def test_arrays_federate_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class Linear(Task):
+        def build_model(self, schema: Schema) -> nn.Module:
+            return nn.Linear(3, schema.num_classes)
+
+    def part(rows: int, labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rows, 3, generator=generator), torch.arange(rows) % labels
+
+    run = anyfit.federate(Linear(), {"a": part(20, 2), "b": part(30, 4)}, rounds=2, batch_size=10)
+    assert run.model.out_features == 4
+
+
+TABLE = pa.table({"x": np.arange(40.0), "kind": ["a", "b"] * 20, "target": np.arange(40) % 2})
+
+
+class Explodes(anyfit.Tabular):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return outputs.sum() * float("nan"), len(outputs)
+
+
+@pytest.mark.parametrize(
+    ("sites", "options", "error", "message"),
+    [
+        ({}, {}, InputError, "sites is empty"),
+        ({"a": TABLE, "b": TABLE.slice(0, 0)}, {}, DataError, "has no rows"),
+        (
+            {"a": TABLE, "b": TABLE.rename_columns(["y", "kind", "target"])},
+            {},
+            DataError,
+            "site 'b' has another schema than 'a': column 'x'",
+        ),
+        ({"a": TABLE}, {"rounds": 0}, InputError, "rounds (=0) must be at least 1"),
+        ({"a": TABLE}, {"patience": 3}, InputError, "patience (=3) has no meaning in a federation"),
+        (["x/a.csv", "y/a.csv"], {}, InputError, "two sites are named 'a'"),
+        ({"a": TABLE.slice(0, 40).set_column(2, "target", pa.array([1] * 40))}, {}, DataError, "one class only at all sites together"),
+    ],
+)
+def test_bad_input_is_refused(sites: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        anyfit.federate(anyfit.Tabular(), sites, **{"rounds": 1, **options})
+
+
+def test_a_site_that_fails_stops_the_round_with_its_reason_and_the_state_stays(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=re.escape("site 'a' failed in round 1: loss (=nan) is not finite")):
+        anyfit.federate(Explodes(), {"a": TABLE}, rounds=1, run=tmp_path / "r")
+    assert not list((tmp_path / "r/checkpoints").glob("*.safetensors"))
+
+
+def test_a_site_with_fewer_rows_than_a_batch_or_one_class_takes_part() -> None:
+    tiny = TABLE.take([0, 2, 4])
+    run = anyfit.federate(anyfit.Tabular(), {"a": TABLE, "tiny": tiny}, rounds=2, batch_size=16)
+    assert run.result["sites"]["tiny"]["rows"] == 3
