@@ -30,6 +30,7 @@ ROWS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("federate", "shrink", "pod", "estimator", "check"), ()),
     (("fit",), ()),
     (("cluster", "worker"), ()),
+    (("prepare", "record"), ()),
     (("load",), ()),
     (("strategy",), ()),
     (("adapt",), ()),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anyfit import engine
 from anyfit.errors import AnyfitError
-from anyfit.fit import built, own_random, prepare
+from anyfit.prepare import built, own_random, prepare
 from anyfit.task import Step, Task, evaluating, measure
 from anyfit.tree import first_tensor, leaves, map_tensors
 

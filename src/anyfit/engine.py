@@ -117,9 +117,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The plan's precision as a context."""
-        if self.plan.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[self.plan.precision])
+        return autocast(self.plan, self.device)
 
     def backward(self, step: Step) -> None:
         """Add count / nominal x gradient, so that no sum overflows in fp16. A window of one batch skips the multiplication."""
@@ -299,6 +297,13 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device (='mps') is not there; use device='auto' or 'cpu'")
     return device
+
+
+def autocast(plan: Plan, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A plan's precision as a context."""
+    if plan.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision])
 
 
 def make_trainer(task: Task, model: nn.Module, plan: Plan, total_steps: int, device: torch.device, **options: Any) -> Trainer:

@@ -15,8 +15,10 @@ from torch import nn
 from anyfit import data, engine
 from anyfit.data import Batches, Source
 from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError, TaskError
-from anyfit.fit import OnEvent, Prepared, built, compare, last_state, own_random, record_of, scalars, signals
+from anyfit.fit import OnEvent, scalars, signals
 from anyfit.metrics import figures
+from anyfit.prepare import Prepared, built, own_random
+from anyfit.record import compare, last_state, record_of
 from anyfit.run import Folder, Run
 from anyfit.schema import Column, Schema
 from anyfit.state import Position, State

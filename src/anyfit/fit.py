@@ -1,16 +1,12 @@
-"""fit, evaluate, predict, check: a task and data on this machine. Joins the engine's loop, the run's records and the state."""
+"""fit, evaluate, predict: a task and data on this machine. Joins the engine's loop, the run's records and the state."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from anyfit import data, engine
-from anyfit.data import Batches, Rows, Source
+from anyfit.data import Rows, Source
 from anyfit.engine import Losses, Stepped
 from anyfit.errors import DataError, InputError, NonFinite, StateError
-from anyfit.load import load, reference
+from anyfit.load import load
 from anyfit.metrics import Metric
-from anyfit.run import Folder, Run, environment, read_record
+from anyfit.prepare import Prepared, built, own_random, prepare
+from anyfit.record import compare, last_state, record_of, start_from, weights_file
+from anyfit.run import Folder, Run, read_record
 from anyfit.schema import Schema
 from anyfit.state import Position, State, load_weights
-from anyfit.task import Task, task_code, task_values
-from anyfit.tree import clone, leaves, map_tensors
+from anyfit.task import Task
+from anyfit.tree import clone, leaves
 from anyfit.values import Plan
 
 __all__ = ["Event", "evaluate", "fit", "open_run", "predict"]
@@ -37,109 +35,6 @@ __all__ = ["Event", "evaluate", "fit", "open_run", "predict"]
 Event = dict[str, Any]
 OnEvent = Callable[[Event], object]
 Origin = str | Path | Run
-
-# A change of these on resume would train on other samples than the checkpoint's position means.
-ORDER = ("seed", "batch_size", "accumulate", "drop_last", "bucket", "dtype")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A task met its data: what every verb starts from."""
-
-    task: Task
-    plan: Plan
-    device: torch.device
-    schema: Schema
-    rows: dict[str, Rows]
-    sources: dict[str, dict[str, Any]]
-    collate: Callable[[Any], Any]
-    shuffle: bool = True
-    notices: tuple[str, ...] = ()
-
-    def batches(self, split: str) -> Batches:
-        """Batches of a split: windows in a seeded order for train, larger batches in the order of rows for the rest."""
-        return split_batches(self, self.rows[split], split)
-
-
-def split_batches(prepared: Prepared, rows: Rows, split: str) -> Batches:
-    """Batches of any rows as one split."""
-    task, plan = prepared.task, prepared.plan
-    training = split == "train"
-    if not training and plan.batch_size is not None:  # no graph is kept, so four times the rows fit
-        plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False)
-    elif not training:
-        plan = plan.updated(bucket=False)
-    dataset = task.build_dataset(rows, split, prepared.schema) if isinstance(rows, pa.Table) else rows
-    augments = training and type(task).augment is not Task.augment
-    return data.make_batches(
-        dataset,
-        plan,
-        prepared.collate,
-        device=prepared.device,
-        shuffle=training and prepared.shuffle,
-        augment=task.augment if augments else None,
-        schema=prepared.schema,
-    )
-
-
-def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, test: Any, plan: Mapping[str, Any]) -> Prepared:
-    """Read the data, split it, infer the schema and fit preprocessing on the training rows."""
-    source, shuffle, notices = Source.of(origin, target), True, []
-    collate: Callable[[Any], Any] = task.collate
-    defaults = task.plan()
-    if isinstance(source.origin, DataLoader):
-        apart = data.taken_apart(source.origin)
-        if apart is None:
-            notices.append(
-                "this DataLoader has a sampler of its own: it runs as it is, without seek, shares or exact resume within an epoch"
-            )
-        else:
-            dataset, fields, collate, shuffle = apart
-            source, defaults = dataclasses.replace(source, origin=dataset), defaults.updated(**fields)
-    final = defaults.updated(**plan)
-    if final.epochs is None and final.steps is None:
-        final = final.updated(epochs=10)
-    rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
-    device = engine.pick_device(final.device)
-    schema = _schema(task, source, rows["train"])
-    if schema.classes is not None and len(schema.classes) < 2:
-        raise DataError(f"target {schema.target!r} has one class only ({', '.join(schema.classes)}); there is nothing to tell apart")
-    names = {split: Source.of(given).name for split, given in (("validation", validation), ("test", test)) if _is_source(given)}
-    sources = {
-        split: {"source": names.get(split, source.name), "rows": data.num_rows(part), "sha256": data.fingerprint(part)}
-        for split, part in rows.items()
-    }
-    return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices))
-
-
-def _is_source(given: Any) -> bool:
-    return given is not None and not isinstance(given, int | float)
-
-
-def _schema(task: Task, source: Source, rows: Rows) -> Schema:
-    if isinstance(rows, pa.Table):
-        target = source.target if source.target is not None else ("target" if "target" in rows.column_names else None)
-        ignored = [*source.ignore, *(name for name in (source.group,) if name is not None and name != target)]
-        inferred = data.infer_schema(rows, target, ignored, source.types)
-        return task.prepare(inferred, task.statistics(rows, inferred))
-    if isinstance(rows, tuple | Mapping):
-        sample = map_tensors(lambda tensor: tensor[0], rows)
-        return data.tensor_schema(sample, rows)
-    if isinstance(rows, DataLoader | IterableDataset):
-        sample = map_tensors(lambda tensor: tensor[0], next(iter(rows))) if isinstance(rows, DataLoader) else next(iter(rows))
-        return data.tensor_schema(sample)
-    with own_random():
-        return data.tensor_schema(rows[0])
-
-
-@contextlib.contextmanager
-def own_random() -> Iterator[None]:
-    """The caller's generators are as they were afterwards."""
-    state = engine.random_state(torch.device("cpu"))
-    try:
-        yield
-    finally:
-        engine.set_random_state(state, torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -237,7 +132,7 @@ class _Fit:
         state = last_state(self.folder) if self.resume and self.folder is not None else None
         if state is None:
             if weights is not None:
-                record["weights"] = _start_from(self.trainer.model, weights, partial)
+                record["weights"] = start_from(self.trainer.model, weights, partial)
             if self.folder is not None:
                 if (before := self.folder.record()) is not None:
                     compare(self.folder, before, record)
@@ -451,74 +346,6 @@ class _Fit:
         )
 
 
-def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schema, device: torch.device) -> dict[str, Any]:
-    """run.json: what was run, where and with what."""
-    cls, parameters = type(task), list(model.parameters())
-    return {
-        "format": 1,
-        "kind": kind,
-        "anyfit": metadata.version("anyfit"),
-        "task": {
-            "reference": reference(task),
-            "class": f"{cls.__module__}:{cls.__qualname__}",
-            "code": task_code(cls),
-            "values": task_values(task),
-        },
-        "plan": plan.to_json(),
-        "schema": schema.to_json(),
-        "data": {},
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "command": ["anyfit", *sys.argv[1:]] if Path(sys.argv[0]).name in ("anyfit", "__main__.py") else None,
-        "forks": [],
-        **environment(str(device)),
-    }
-
-
-def last_state(folder: Folder) -> State | None:
-    """The newest checkpoint; None where nothing is saved yet. A bad one is refused and the last good one named."""
-    found = folder.checkpoints()
-    if not found:
-        return None
-    try:
-        return State.load(found[-1])
-    except StateError as error:
-        good = next((path for path in reversed(found[:-1]) if _loads(path)), None)
-        way = f"the last good one is {good}; delete {found[-1].name} to go on from there" if good else "there is no other; start a new run"
-        raise StateError(f"{error}; {way}") from error
-
-
-def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resume changes: fields of the task and the plan may; code, data and the order of samples may not."""
-    where = f"run (={str(folder.path)!r})"
-    if before["kind"] != now["kind"] or before["task"]["class"].rpartition(":")[2] != now["task"]["class"].rpartition(":")[2]:
-        raise StateError(
-            f"{where} is a {before['kind']} of task {before['task']['class']}, not a {now['kind']} of {now['task']['class']}; "
-            "start a new run, or pass weights="
-        )
-    if before["task"]["code"] != now["task"]["code"]:
-        raise StateError(
-            f"{where} was made by other code of task {now['task']['class']}; start a new run with weights={str(folder.path)!r}"
-        )
-    for split in sorted((set(before["data"]) | set(now["data"])) - {"test"}):
-        old, new = before["data"].get(split), now["data"].get(split)
-        if (old or {}).get("sha256") != (new or {}).get("sha256"):
-            raise StateError(f"{where} has other {split} rows ({old} then, {new} now); resume with the same data, or start a new run")
-    changed = {
-        name: [old.get(name), new.get(name)]
-        for old, new in ((before["task"]["values"], now["task"]["values"]), (before["plan"], now["plan"]))
-        for name in sorted(set(old) | set(new))
-        if old.get(name) != new.get(name)
-    }
-    fixed = [name for name in ORDER if name in changed]
-    if fixed:
-        was, new_value = changed[fixed[0]]
-        raise StateError(
-            f"{fixed[0]} (={new_value!r}) was {was!r} in {where}; a change means other batches, so start a new run with weights="
-        )
-    return changed
-
-
 def scalars(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if not isinstance(value, list)}
 
@@ -537,55 +364,6 @@ def _stepped(item: Mapping[str, Any]) -> Stepped:
     return Stepped(Position(step, epoch, offset), loss, count, of_epoch, of_offset, logs or None)
 
 
-def _loads(path: Path) -> bool:
-    try:
-        State.load(path)
-    except StateError:
-        return False
-    return True
-
-
-def built(task: Task, schema: Schema) -> nn.Module:
-    model = task.build_model(schema)
-    if not isinstance(model, nn.Module):
-        raise DataError(f"build_model of {type(task).__name__} gave a {type(model).__name__}; it must give a torch.nn.Module")
-    return model
-
-
-def _start_from(model: nn.Module, weights: Any, partial: bool) -> dict[str, Any]:
-    """Copy weights from a run, a file or a mapping; partial copies what overlaps and lists the rest."""
-    if isinstance(weights, Run):
-        found, name = weights.model.state_dict(), str(weights.path or "run")
-    elif isinstance(weights, Mapping):
-        found, name = dict(weights), "mapping"
-    else:
-        found, name = load_weights(_weights_file(Path(weights))), str(weights)
-    if not partial:
-        engine.load_model(model, found)
-        return {"from": name, "left": []}
-    own, left = model.state_dict(), []
-    with torch.no_grad():
-        for key, tensor in own.items():
-            if key not in found or found[key].dim() != tensor.dim():
-                left.append(key)
-                continue
-            overlap = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, found[key].shape, strict=True))
-            tensor[overlap].copy_(found[key][overlap])
-            if found[key].shape != tensor.shape:
-                left.append(f"{key} (copied {'x'.join(str(part.stop) for part in overlap)} of {'x'.join(map(str, tensor.shape))})")
-    return {"from": name, "left": [*left, *(f"{key} (not in the model)" for key in sorted(set(found) - set(own)))]}
-
-
-def _weights_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    best = path / "checkpoints" / "best.safetensors"
-    found = [best] if best.exists() else sorted((path / "checkpoints").glob("step-*.safetensors"))
-    if not found:
-        raise StateError(f"run (={str(path)!r}) has no checkpoint yet")
-    return found[-1]
-
-
 def open_run(run: str | Path, task: Task | None = None) -> tuple[Task, State]:
     """The task of a run folder and its state: the best if one is kept, else the last. A task that cannot be found by name is given."""
     path = Path(run)
@@ -594,7 +372,7 @@ def open_run(run: str | Path, task: Task | None = None) -> tuple[Task, State]:
         if record["task"]["reference"] is None:
             raise StateError(f"the task of run (={str(path)!r}) lives in no file ({record['task']['class']}); pass it as task=")
         task = load(record["task"]["reference"], record["task"]["values"])
-    return task, State.load(_weights_file(path))
+    return task, State.load(weights_file(path))
 
 
 def _opened(run: Origin, task: Task | None, plan: Mapping[str, Any]) -> tuple[Task, nn.Module, Prepared]:
@@ -627,8 +405,8 @@ def _given_rows(origin: Any, schema: Schema, split: str) -> Rows:
 def evaluate(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> dict[str, Any]:
     """Figures of a trained run on data with targets."""
     task, model, prepared = _opened(run, task, plan)
-    batches = split_batches(prepared, _given_rows(data, prepared.schema, "test"), "test")
-    return engine.evaluate(task, model, batches, autocast(prepared))
+    batches = prepared.batches_of(_given_rows(data, prepared.schema, "test"), "test")
+    return engine.evaluate(task, model, batches, engine.autocast(prepared.plan, prepared.device))
 
 
 def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> Any:
@@ -637,15 +415,8 @@ def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) ->
     rows = _given_rows(data, prepared.schema, "predict")
     if isinstance(rows, pa.Table) and prepared.schema.target in rows.column_names:
         rows = rows.drop_columns([prepared.schema.target])
-    batches = split_batches(prepared, rows, "predict")
-    return _joined(list(engine.predict(task, model, batches, autocast(prepared))))
-
-
-def autocast(prepared: Prepared) -> contextlib.AbstractContextManager[Any]:
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if prepared.plan.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(prepared.device.type, dtype=kinds[prepared.plan.precision])
+    batches = prepared.batches_of(rows, "predict")
+    return _joined(list(engine.predict(task, model, batches, engine.autocast(prepared.plan, prepared.device))))
 
 
 def _joined(parts: list[Any]) -> Any:

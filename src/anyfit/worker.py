@@ -12,6 +12,7 @@ from torch import Tensor
 from anyfit import data, engine
 from anyfit.data import Source
 from anyfit.errors import AnyfitError, DataError
+from anyfit.prepare import Prepared, built, infer
 from anyfit.schema import Schema
 from anyfit.state import Position
 from anyfit.strategy import Strategy, local_steps
@@ -33,7 +34,6 @@ class Worker:
             raise DataError(f"site {site!r} has no rows")
         self._source, self._memory = source, None
         self._schema: Schema | None = None
-        self._trainer: engine.Trainer | None = None
 
     @property
     def num_rows(self) -> int:
@@ -47,15 +47,7 @@ class Worker:
 
     def base_schema(self) -> Schema:
         """Names and types of this site's columns, from its own rows."""
-        if isinstance(self.rows, pa.Table):
-            target = self._source.target if self._source.target is not None else ("target" if "target" in self.rows.column_names else None)
-            return data.infer_schema(self.rows, target, self._source.ignore, self._source.types)
-        sample = (
-            {name: value[0] for name, value in self.rows.items()}
-            if isinstance(self.rows, Mapping)
-            else tuple(value[0] for value in self.rows)
-        )
-        return data.tensor_schema(sample, self.rows)
+        return infer(self._source, self.rows)
 
     def answer(self, order: Order) -> Reply:
         """Do what the order says; a failure becomes a reply that says why."""
@@ -75,23 +67,18 @@ class Worker:
     def _set_up(self, order: Order) -> engine.Trainer:
         """The model and its batches, made once; weights come with each order, the optimizer starts anew."""
         schema = Schema.from_json(order.values["schema"])
-        if self._trainer is None or self._schema != schema:
+        if self._schema != schema:
             self._schema = schema
-            device = engine.pick_device(self.plan.device)
-            dataset = self.task.build_dataset(self.rows, "train", schema) if isinstance(self.rows, pa.Table) else self.rows
             plan = self.plan.updated(seed=order.seed)
             if plan.batch_size is not None and plan.batch_size > self.num_rows:
                 plan = plan.updated(batch_size=None)  # a site smaller than a batch trains on all its rows at once
-            augments = type(self.task).augment is not Task.augment
-            self.batches = data.make_batches(
-                dataset, plan, self.task.collate, device=device, augment=self.task.augment if augments else None, schema=schema
-            )
+            prepared = Prepared(self.task, plan, engine.pick_device(plan.device), schema, {"train": self.rows}, {}, self.task.collate)
+            self.batches = prepared.batches("train")
             engine.seed_all(self.plan.seed)  # what is not exchanged (frozen weights) must be the same everywhere
-            self._model = self.task.build_model(schema)
+            self._model = built(self.task, schema)
         total = int(order.values["rounds"]) * local_steps(order, self.batches)
         trainer = engine.make_trainer(self.task, self._model, self.plan, total, engine.pick_device(self.plan.device))
         _set_weights(trainer, order.tensors)
-        self._trainer = trainer
         return trainer
 
     def _train(self, order: Order) -> Update:

@@ -1,0 +1,136 @@
+"""Where a task meets its data: rows by split, a schema fitted on the training rows, batches, a model. What every verb starts from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from anyfit import data, engine
+from anyfit.data import Batches, Rows, Source
+from anyfit.errors import DataError
+from anyfit.schema import Schema
+from anyfit.task import Task
+from anyfit.tree import map_tensors
+from anyfit.values import Plan
+
+__all__ = ["Prepared", "built", "infer", "own_random", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task met its data: what every verb starts from."""
+
+    task: Task
+    plan: Plan
+    device: torch.device
+    schema: Schema
+    rows: dict[str, Rows]
+    sources: dict[str, dict[str, Any]]
+    collate: Callable[[Any], Any]
+    shuffle: bool = True
+    notices: tuple[str, ...] = ()
+
+    def batches(self, split: str) -> Batches:
+        """Batches of a split: windows in a seeded order for train, larger batches in the order of rows for the rest."""
+        return self.batches_of(self.rows[split], split)
+
+    def batches_of(self, rows: Rows, split: str) -> Batches:
+        """Batches of any rows as one split."""
+        task, plan, training = self.task, self.plan, split == "train"
+        if not training and plan.batch_size is not None:  # no graph is kept, so four times the rows fit
+            plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False)
+        elif not training:
+            plan = plan.updated(bucket=False)
+        dataset = task.build_dataset(rows, split, self.schema) if isinstance(rows, pa.Table) else rows
+        augments = training and type(task).augment is not Task.augment
+        return data.make_batches(
+            dataset,
+            plan,
+            self.collate,
+            device=self.device,
+            shuffle=training and self.shuffle,
+            augment=task.augment if augments else None,
+            schema=self.schema,
+        )
+
+
+def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, test: Any, plan: Mapping[str, Any]) -> Prepared:
+    """Read the data, split it, infer the schema and fit preprocessing on the training rows."""
+    source, shuffle, notices = Source.of(origin, target), True, []
+    collate: Callable[[Any], Any] = task.collate
+    defaults = task.plan()
+    if isinstance(source.origin, DataLoader):
+        apart = data.taken_apart(source.origin)
+        if apart is None:
+            notices.append(
+                "this DataLoader has a sampler of its own: it runs as it is, without seek, shares or exact resume within an epoch"
+            )
+        else:
+            dataset, fields, collate, shuffle = apart
+            source, defaults = dataclasses.replace(source, origin=dataset), defaults.updated(**fields)
+    final = defaults.updated(**plan)
+    if final.epochs is None and final.steps is None:
+        final = final.updated(epochs=10)
+    rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
+    device = engine.pick_device(final.device)
+    schema = _schema(task, source, rows["train"])
+    if schema.classes is not None and len(schema.classes) < 2:
+        raise DataError(f"target {schema.target!r} has one class only ({', '.join(schema.classes)}); there is nothing to tell apart")
+    names = {split: Source.of(given).name for split, given in (("validation", validation), ("test", test)) if _is_source(given)}
+    sources = {
+        split: {"source": names.get(split, source.name), "rows": data.num_rows(part), "sha256": data.fingerprint(part)}
+        for split, part in rows.items()
+    }
+    return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices))
+
+
+def _is_source(given: Any) -> bool:
+    return given is not None and not isinstance(given, int | float)
+
+
+def _schema(task: Task, source: Source, rows: Rows) -> Schema:
+    """Names and types, and preprocessing fitted on these rows where they are a table."""
+    schema = infer(source, rows)
+    return task.prepare(schema, task.statistics(rows, schema)) if isinstance(rows, pa.Table) else schema
+
+
+def infer(source: Source, rows: Rows) -> Schema:
+    """Names and types from the rows alone."""
+    if isinstance(rows, pa.Table):
+        target = source.target if source.target is not None else ("target" if "target" in rows.column_names else None)
+        ignored = [*source.ignore, *(name for name in (source.group,) if name is not None and name != target)]
+        return data.infer_schema(rows, target, ignored, source.types)
+    if isinstance(rows, tuple | Mapping):
+        sample = map_tensors(lambda tensor: tensor[0], rows)
+        return data.tensor_schema(sample, rows)
+    if isinstance(rows, DataLoader | IterableDataset):
+        sample = map_tensors(lambda tensor: tensor[0], next(iter(rows))) if isinstance(rows, DataLoader) else next(iter(rows))
+        return data.tensor_schema(sample)
+    with own_random():
+        return data.tensor_schema(rows[0])
+
+
+def built(task: Task, schema: Schema) -> nn.Module:
+    """The task's model; refused where it is none."""
+    model = task.build_model(schema)
+    if not isinstance(model, nn.Module):
+        raise DataError(f"build_model of {type(task).__name__} gave a {type(model).__name__}; it must give a torch.nn.Module")
+    return model
+
+
+@contextlib.contextmanager
+def own_random() -> Iterator[None]:
+    """The caller's generators are as they were afterwards."""
+    state = engine.random_state(torch.device("cpu"))
+    try:
+        yield
+    finally:
+        engine.set_random_state(state, torch.device("cpu"))

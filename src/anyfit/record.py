@@ -1,0 +1,137 @@
+"""What joins a run's record with its state: what is written of a fit, what a resume may change, and where weights come from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anyfit import engine
+from anyfit.errors import StateError
+from anyfit.load import reference
+from anyfit.run import Folder, Run, environment
+from anyfit.schema import Schema
+from anyfit.state import State, load_weights
+from anyfit.task import Task, task_code, task_values
+from anyfit.values import Plan
+
+__all__ = ["compare", "last_state", "record_of", "start_from", "weights_file"]
+
+# A change of these on resume would train on other samples than the checkpoint's position means.
+ORDER = ("seed", "batch_size", "accumulate", "drop_last", "bucket", "dtype")
+
+
+def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schema, device: torch.device) -> dict[str, Any]:
+    """run.json: what was run, where and with what."""
+    cls, parameters = type(task), list(model.parameters())
+    return {
+        "format": 1,
+        "kind": kind,
+        "anyfit": metadata.version("anyfit"),
+        "task": {
+            "reference": reference(task),
+            "class": f"{cls.__module__}:{cls.__qualname__}",
+            "code": task_code(cls),
+            "values": task_values(task),
+        },
+        "plan": plan.to_json(),
+        "schema": schema.to_json(),
+        "data": {},
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "command": ["anyfit", *sys.argv[1:]] if Path(sys.argv[0]).name in ("anyfit", "__main__.py") else None,
+        "forks": [],
+        **environment(str(device)),
+    }
+
+
+def last_state(folder: Folder) -> State | None:
+    """The newest checkpoint; None where nothing is saved yet. A bad one is refused and the last good one named."""
+    found = folder.checkpoints()
+    if not found:
+        return None
+    try:
+        return State.load(found[-1])
+    except StateError as error:
+        good = next((path for path in reversed(found[:-1]) if _loads(path)), None)
+        way = f"the last good one is {good}; delete {found[-1].name} to go on from there" if good else "there is no other; start a new run"
+        raise StateError(f"{error}; {way}") from error
+
+
+def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resume changes: fields of the task and the plan may; code, data and the order of samples may not."""
+    where = f"run (={str(folder.path)!r})"
+    if before["kind"] != now["kind"] or before["task"]["class"].rpartition(":")[2] != now["task"]["class"].rpartition(":")[2]:
+        raise StateError(
+            f"{where} is a {before['kind']} of task {before['task']['class']}, not a {now['kind']} of {now['task']['class']}; "
+            "start a new run, or pass weights="
+        )
+    if before["task"]["code"] != now["task"]["code"]:
+        raise StateError(
+            f"{where} was made by other code of task {now['task']['class']}; start a new run with weights={str(folder.path)!r}"
+        )
+    for split in sorted((set(before["data"]) | set(now["data"])) - {"test"}):
+        old, new = before["data"].get(split), now["data"].get(split)
+        if (old or {}).get("sha256") != (new or {}).get("sha256"):
+            raise StateError(f"{where} has other {split} rows ({old} then, {new} now); resume with the same data, or start a new run")
+    changed = {
+        name: [old.get(name), new.get(name)]
+        for old, new in ((before["task"]["values"], now["task"]["values"]), (before["plan"], now["plan"]))
+        for name in sorted(set(old) | set(new))
+        if old.get(name) != new.get(name)
+    }
+    fixed = [name for name in ORDER if name in changed]
+    if fixed:
+        was, new_value = changed[fixed[0]]
+        raise StateError(
+            f"{fixed[0]} (={new_value!r}) was {was!r} in {where}; a change means other batches, so start a new run with weights="
+        )
+    return changed
+
+
+def _loads(path: Path) -> bool:
+    try:
+        State.load(path)
+    except StateError:
+        return False
+    return True
+
+
+def start_from(model: nn.Module, weights: Any, partial: bool) -> dict[str, Any]:
+    """Copy weights from a run, a file or a mapping; partial copies what overlaps and lists the rest."""
+    if isinstance(weights, Run):
+        found, name = weights.model.state_dict(), str(weights.path or "run")
+    elif isinstance(weights, Mapping):
+        found, name = dict(weights), "mapping"
+    else:
+        found, name = load_weights(weights_file(Path(weights))), str(weights)
+    if not partial:
+        engine.load_model(model, found)
+        return {"from": name, "left": []}
+    own, left = model.state_dict(), []
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key not in found or found[key].dim() != tensor.dim():
+                left.append(key)
+                continue
+            overlap = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, found[key].shape, strict=True))
+            tensor[overlap].copy_(found[key][overlap])
+            if found[key].shape != tensor.shape:
+                left.append(f"{key} (copied {'x'.join(str(part.stop) for part in overlap)} of {'x'.join(map(str, tensor.shape))})")
+    return {"from": name, "left": [*left, *(f"{key} (not in the model)" for key in sorted(set(found) - set(own)))]}
+
+
+def weights_file(path: Path) -> Path:
+    """A file as it is; of a run, the best checkpoint or else the last."""
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.safetensors"
+    found = [best] if best.exists() else sorted((path / "checkpoints").glob("step-*.safetensors"))
+    if not found:
+        raise StateError(f"run (={str(path)!r}) has no checkpoint yet")
+    return found[-1]
