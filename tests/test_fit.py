@@ -416,3 +416,36 @@ def test_adult_reaches_0855(data_folder: Path) -> None:
     assert sum(run.splits["test"]["accuracy"] for run in found) / 3 >= 0.855
     schema = Schema.from_json(found[0].state.schema)
     assert "?" not in (schema["workclass"].categories or ())
+
+
+class Counted(Line):
+    """Keeps an average of its weights, made at the first step that needs it."""
+
+    def train_step(self, trainer: Any, window: Any) -> None:
+        if "average" not in trainer.extras:
+            trainer.extras["average"] = Average(trainer.model)
+        super().train_step(trainer, window)
+        trainer.extras["average"].update(trainer.model)
+
+
+class Average:
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def update(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            self.weights[name].lerp_(tensor, 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+
+
+def test_extras_are_checkpointed_though_the_task_makes_them_late(tmp_path: Path) -> None:
+    whole = anyfit.fit(Counted(), points(), epochs=3)
+    anyfit.fit(Counted(), points(), epochs=1, run=tmp_path / "r")
+    again = anyfit.fit(Counted(), points(), epochs=3, run=tmp_path / "r", resume=True)
+    assert equal(again.state.extras["average"]["weights"], whole.state.extras["average"]["weights"])
+    assert not equal(again.state.extras["average"]["weights"], again.state.model)

@@ -85,6 +85,31 @@ class Stepped:
 Correct = Callable[[Sequence[Tensor], float], None]
 
 
+class Extras(dict[str, Stateful]):
+    """What a task keeps beside model and optimizers. One that is added after a resume gets its saved state as it comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[str, Any] = {}  # saved states whose owners have not come yet
+
+    def __setitem__(self, name: str, extra: Stateful) -> None:
+        if not isinstance(extra, Stateful):
+            raise TaskError(f"extras[{name!r}] (a {type(extra).__name__}) needs state_dict and load_state_dict to be checkpointed")
+        super().__setitem__(name, extra)
+        if name in self.waiting:
+            extra.load_state_dict(self.waiting.pop(name))
+
+    def states(self) -> dict[str, Any]:
+        """The states of all, those that wait among them."""
+        return {**clone(self.waiting), **{name: clone(extra.state_dict()) for name, extra in self.items()}}
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        """Hand out saved states."""
+        self.waiting = clone(dict(states))
+        for name in set(self) & set(self.waiting):
+            self[name].load_state_dict(self.waiting.pop(name))
+
+
 class Trainer:
     """The live objects of one fit."""
 
@@ -103,7 +128,7 @@ class Trainer:
         self.task, self.model, self.optimizers, self.schedules = task, model, optimizers, schedules
         self.plan, self.device, self.workers, self.correct = plan, device, workers or Alone(), correct
         self.position = Position()
-        self.extras: dict[str, Stateful] = {}
+        self.extras = Extras()
         self.steps: list[Step] = []  # what the current optimizer step was made of
         self.nominal = 1.0  # the count that gradients are scaled by before they are divided by the true one
         self.scaler = torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None
@@ -205,7 +230,7 @@ class Trainer:
             schedules={name: clone(schedule.scheduler.state_dict()) for name, schedule in self.schedules.items()},
             scaler={} if self.scaler is None else self.scaler.state_dict(),
             rng=random_state(self.device),
-            extras={name: clone(extra.state_dict()) for name, extra in self.extras.items()},
+            extras=self.extras.states(),
             schema=schema,
             progress=progress or {},
             position=self.position,
@@ -221,9 +246,7 @@ class Trainer:
             schedule.scheduler.load_state_dict(clone(state.schedules[name]))
         if self.scaler is not None and state.scaler:
             self.scaler.load_state_dict(dict(state.scaler))
-        for name, extra in self.extras.items():
-            if name in state.extras:
-                extra.load_state_dict(clone(state.extras[name]))
+        self.extras.load(state.extras)
         self.position = state.position
         self.forget()
         set_random_state(state.rng, self.device)

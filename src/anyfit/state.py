@@ -20,6 +20,7 @@ from anyfit.values import atomic, canonical, parse
 __all__ = ["Position", "State", "load_weights", "save_weights"]
 
 FORMAT = 1
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)  # what a forged header can bring about
 KEY = "anyfit"  # one metadata key: safetensors writes several in random order
 
 
@@ -59,8 +60,11 @@ class State:
         tensors, header = _read(path)
         if header is None or "parts" not in header:
             raise StateError(f"{path} holds weights but no state to go on from; pass it as weights= instead")
-        parts = {name: unpack(packed, tensors) for name, packed in header["parts"].items()}
-        return cls(**parts, position=Position(*header["position"]))
+        try:
+            parts = {name: unpack(packed, tensors) for name, packed in header["parts"].items()}
+            return cls(**parts, position=Position(*(int(number) for number in header["position"])))
+        except MALFORMED as error:
+            raise StateError(f"{path} is malformed: {error!r}") from error
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -141,13 +145,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if KEY not in metadata:
         return tensors, None
     header: dict[str, Any] = parse(metadata[KEY], f"the header of {path}")
-    if header.get("format") != FORMAT:
-        raise StateError(f"{path} has format {header.get('format')!r}; this version reads {FORMAT}")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise StateError(f"{path} has another format than this version reads ({FORMAT})")
     if header.get("sha256") != _checksum(tensors, header):
         raise StateError(f"{path} was altered: its checksum does not fit its content")
-    for name, order in header["strides"].items():
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        tensors[name] = tensors[name].permute(inverse)
-    for name, source in header["tied"].items():
-        tensors[name] = tensors[source]
+    try:
+        for name, order in header["strides"].items():
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            tensors[name] = tensors[name].permute(inverse)
+        for name, source in header["tied"].items():
+            tensors[name] = tensors[source]
+    except MALFORMED as error:
+        raise StateError(f"{path} is malformed: {error!r}") from error
     return tensors, header
