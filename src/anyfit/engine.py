@@ -443,7 +443,11 @@ class Losses:
         if not events:
             return None
         losses = torch.stack([event.loss for event in events]).double()
-        counts = torch.stack([torch.as_tensor(event.count, device=losses.device) for event in events]).double()
+        given = [event.count for event in events]
+        if all(isinstance(count, Tensor) for count in given):
+            counts = torch.stack(given).double()  # type: ignore[arg-type]
+        else:
+            counts = torch.tensor([float(count) for count in given], dtype=torch.float64, device=losses.device)
         parts = torch.stack((losses, counts)).tolist()
         for event, loss, count in zip(events, *parts, strict=True):
             if not abs(loss) < float("inf") and count > 0:

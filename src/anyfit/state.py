@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +24,7 @@ MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, Runtim
 KEY = "anyfit"  # one metadata key: safetensors writes several in random order
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """Where a fit stands: optimizer steps done, and the epoch and step within it that come next."""
 
     step: int = 0

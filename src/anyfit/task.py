@@ -274,8 +274,11 @@ def _inputs_of(model: nn.Module) -> _Inputs:
 
 def _as_mapping(batch: Any) -> Mapping[str, Any] | None:
     """A batch with names as a mapping; None for a tensor, list or plain tuple."""
-    if isinstance(batch, Mapping):
-        return batch
+    kind = type(batch)
+    if kind is tuple or kind is list or kind is Tensor:  # the common kinds come first: this runs at every step
+        return None
+    if kind is dict or isinstance(batch, Mapping):
+        return batch  # type: ignore[no-any-return]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return dict(zip(batch._fields, batch, strict=True))
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
