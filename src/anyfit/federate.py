@@ -60,7 +60,7 @@ def federate(
         raise InputError(f"{unused[0]} (={plan[unused[0]]!r}) has no meaning in a federation yet; leave it out")
     folder = None if run is None else Folder(Path(run), resume=resume)
     try:
-        with own_random():
+        with own_random(), engine.steady_memory():
             workers = _workers(task, sites, target, final, strategy or FedAvg())
             federation = _Federation(task, workers, strategy or FedAvg(), rounds, final, folder, on_event or (lambda event: None))
             federation.begin(None if test is None else Source.of(test, target), resume=resume)

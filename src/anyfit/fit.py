@@ -80,7 +80,7 @@ def fit(
     """
     folder = None if run is None else Folder(Path(run), resume=resume)
     try:
-        with own_random():
+        with own_random(), engine.steady_memory():
             prepared = prepare(task, data, target=target, validation=validation, test=test, plan=plan)
             engine.seed_all(prepared.plan.seed)
             fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume)

@@ -44,7 +44,7 @@ class State:
     extras: Mapping[str, Any] = field(default_factory=dict)
     schema: Mapping[str, Any] | None = None
     progress: Mapping[str, Any] = field(default_factory=dict)
-    position: Position = Position()
+    position: Position = Position(0, 0, 0)  # noqa: RUF009 - a tuple cannot change
 
     def save(self, path: Path) -> None:
         """Write atomically. Equal states make equal files."""

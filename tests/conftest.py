@@ -1,0 +1,20 @@
+"""One thread, and the shared data sets where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of MNIST, Adult and the others; tests that need it are skipped where it is not."""
+    folder = Path(os.environ.get("ANYFIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no data sets at hand (ANYFIT_DATA names their folder)")
+    return folder

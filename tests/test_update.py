@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anyfit.errors import InputError, NonFinite
+from anyfit.update import FINE, WIDE, Order, Update
+
+NUMBERS = st.floats(-1e5, 1e5)
+RAW = st.floats(-1e20, 1e20)
+
+
+def update(values: list[float], count: float, exponents: tuple[int, ...] = FINE) -> Update:
+    return Update.of("g", {"w": torch.tensor(values, dtype=torch.float64)}, count, exponents)
+
+
+def bits(total: Update) -> tuple[list[int], float]:
+    group = total.groups["g"].encoded()
+    return group.sums["w"].flatten().tolist(), group.count
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, st.floats(0, 1e4)), min_size=2, max_size=5))
+def test_addition_is_associative_and_commutative_to_the_bit(rows: list[tuple[float, float, float]]) -> None:
+    updates = [update([a, b], count) for a, b, count in rows]
+    totals = set()
+    for order in itertools.islice(itertools.permutations(updates), 6):
+        left = order[0]
+        for other in order[1:]:
+            left = left + other
+        right = order[-1]
+        for other in reversed(order[:-1]):
+            right = other + right
+        totals |= {str(bits(left)), str(bits(right))}
+    assert len(totals) == 1
+
+
+@given(st.lists(RAW, min_size=1, max_size=20))
+def test_wide_sums_of_raw_data_are_as_good_as_float64_can_say(values: list[float]) -> None:
+    total = Update()
+    for value in values:
+        total = total + update([value, value * 1e-20], 1.0, WIDE)
+    large, small = total.sums("g")["w"].tolist()
+    scale = max(map(abs, values))
+    assert large == pytest.approx(math.fsum(values), rel=1e-15, abs=scale * 1e-15 + 1e-30)
+    assert small == pytest.approx(math.fsum(value * 1e-20 for value in values), rel=1e-13, abs=1e-30)
+
+
+def test_a_missing_name_or_group_counts_as_zero() -> None:
+    a = Update.of("words", {"red": torch.tensor(2), "blue": torch.tensor(1)}, 3, (0,))
+    b = Update.of("words", {"blue": torch.tensor(4)}, 4, (0,)).joined(Update.of("other", {"n": torch.tensor(1.0)}, 1))
+    total = a + b
+    assert {name: float(value) for name, value in total.sums("words").items()} == {"red": 2, "blue": 5}
+    assert total.count("words") == 7 and total.count("other") == 1 and total.count("none") == 0 and total.sums("none") == {}
+    assert "other" in total and "none" not in total
+
+
+def test_the_mean_divides_by_the_groups_own_count_or_a_public_one() -> None:
+    total = update([1.0, 2.0], 0.5) + update([3.0, 4.0], 1.5)
+    assert total.mean("g")["w"].tolist() == [2.0, 3.0]
+    assert total.mean("g", divisor=4)["w"].tolist() == [1.0, 1.5]
+    for bad in (update([0.0], 0.0), Update()):
+        with pytest.raises(InputError, match="has the count 0"):
+            bad.mean("g")
+    with pytest.raises(InputError, match="has no mean"):
+        total.mean("g", divisor=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])
+def test_what_fixed_point_cannot_hold_is_refused(value: float) -> None:
+    with pytest.raises(NonFinite, match="a sum in an update"):
+        update([value], 1) + update([0.0], 1)
+
+
+def test_other_shapes_or_units_are_refused() -> None:
+    with pytest.raises(InputError, match=r"w has the shapes \(1,\) and \(2,\)"):
+        update([1.0], 1) + update([1.0, 2.0], 1)
+    with pytest.raises(InputError, match="different units"):
+        update([1.0], 1) + update([1.0], 1, WIDE)
+    with pytest.raises(InputError, match="stands in both"):
+        update([1.0], 1).joined(update([1.0], 1))
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    assert Update.of("g", {"w": torch.zeros(10)}, 1).size_bytes() == 40
+    assert Order("train", 1, 1, 0, {"w": torch.zeros(3, dtype=torch.float64)}).size_bytes() == 24
