@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -50,8 +51,10 @@ class Schedule:
         if isinstance(self.scheduler, Factor):
             self.scheduler.load_state_dict({"count": self.scheduler.count + count})
         else:
-            for _ in range(count):
-                self.advance()
+            with warnings.catch_warnings():  # torch warns of steps before the optimizer's first; those were taken elsewhere
+                warnings.simplefilter("ignore", UserWarning)
+                for _ in range(count):
+                    self.advance()
 
 
 class Factor:
