@@ -23,7 +23,7 @@ from anyfit.metrics import Accumulator
 from anyfit.schedule import Schedule
 from anyfit.state import Position, State
 from anyfit.task import Step, Task, evaluating, measure
-from anyfit.tree import clone, map_tensors
+from anyfit.tree import clone, map_tensors, wide
 from anyfit.values import Plan
 
 __all__ = ["Alone", "Stateful", "Stepped", "Trainer", "Workers", "evaluate", "make_trainer", "pick_device", "predict", "totals", "train"]
@@ -153,10 +153,10 @@ class Trainer:
         if not self._counts:
             self._summed = self._expects_more or not self.workers.alone
         elif not self._summed:  # a second batch after all: what stands is the first one's mean
-            self._scale(self._trained, self._counts[0] / self.nominal)
+            self._scale(self._trained, self._share_of(self._counts[0]))
             self._summed = True
         self._counts.append(step.count)
-        loss = step.loss * (step.count / self.nominal) if self._summed else step.loss
+        loss = step.loss * self._share_of(step.count) if self._summed else step.loss
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         if self.plan.precision == "fp32":
@@ -164,6 +164,10 @@ class Trainer:
         else:
             with torch.autocast(self.device.type, enabled=False):
                 loss.backward()  # type: ignore[no-untyped-call]
+
+    def _share_of(self, count: Count) -> float | Tensor:
+        """count / nominal; whole numbers on a device would divide to float32."""
+        return wide(count) / self.nominal if isinstance(count, Tensor) else count / self.nominal
 
     @staticmethod
     def _scale(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
@@ -189,7 +193,7 @@ class Trainer:
                         parameter.grad = torch.zeros_like(parameter)
                 count = self.workers.reduce([p.grad for p in parameters if p.grad is not None], count)
             # where nothing counted (all labels ignored) the gradients are zero and stay zero
-            total = count.double().clamp(min=1e-30) if isinstance(count, Tensor) else max(count, 1e-30)
+            total = wide(count).clamp(min=1e-30) if isinstance(count, Tensor) else max(count, 1e-30)
             self._scale(parameters, self.nominal / total)
         for optimizer_name in names:
             self._commit(optimizer_name)
@@ -465,12 +469,12 @@ class Losses:
         events, self.events = self.events, []
         if not events:
             return None
-        losses = torch.stack([event.loss for event in events]).double()
+        losses = wide(torch.stack([event.loss for event in events]))
         given = [event.count for event in events]
         if all(isinstance(count, Tensor) for count in given):
-            counts = torch.stack(given).double()  # type: ignore[arg-type]
+            counts = wide(torch.stack(given))  # type: ignore[arg-type]
         else:
-            counts = torch.tensor([float(count) for count in given], dtype=torch.float64, device=losses.device)
+            counts = torch.tensor([float(count) for count in given], dtype=losses.dtype, device=losses.device)
         parts = torch.stack((losses, counts)).tolist()
         for event, loss, count in zip(events, *parts, strict=True):
             if not abs(loss) < float("inf") and count > 0:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anyfit.errors import InputError
+from anyfit.tree import wide
 
 __all__ = [
     "AUROC",
@@ -92,7 +93,7 @@ class F1(Confusion):
     """Mean of the classes' F1; of class 1 alone where there are two classes."""
 
     def value(self, sums: Mapping[str, Tensor]) -> float | None:
-        cells = sums["cells"].double()
+        cells = sums["cells"].cpu().double()
         hit, predicted, actual = cells.diag(), cells.sum(0), cells.sum(1)
         score = 2 * hit / (predicted + actual).clamp(min=1)
         seen = (predicted + actual) > 0
@@ -107,7 +108,7 @@ class LogLoss(Metric):
     def measure(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         logits_BC, targets_B = _logits(outputs, targets)
         total = torch.nn.functional.cross_entropy(logits_BC.float(), targets_B, reduction="sum")
-        return {"nats": total.double(), "count": total.new_tensor(targets_B.shape[0])}
+        return {"nats": wide(total), "count": total.new_tensor(targets_B.shape[0])}
 
     def value(self, sums: Mapping[str, Tensor]) -> float | None:
         return _ratio(sums["nats"], sums["count"])
@@ -133,7 +134,7 @@ class AUROC(Metric):
         return {"bins": torch.bincount(cell_BC.reshape(-1), minlength=columns * 2 * self.bins).reshape(columns, 2, self.bins)}
 
     def value(self, sums: Mapping[str, Tensor]) -> float | None:
-        negative, positive = sums["bins"].double().unbind(1)  # (C, K) each
+        negative, positive = sums["bins"].cpu().double().unbind(1)  # (C, K) each
         below = negative.cumsum(1) - negative
         pairs = (positive * (below + negative / 2)).sum(1)  # rows of one bin count half
         possible = negative.sum(1) * positive.sum(1)
@@ -149,15 +150,15 @@ class CalibrationError(Metric):
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         logits_BC, targets_B = _logits(outputs, targets)
-        confidence_B, predicted_B = logits_BC.double().softmax(1).max(1)
+        confidence_B, predicted_B = wide(logits_BC).softmax(1).max(1)
         bin_B = (confidence_B * self.bins).long().clamp(max=self.bins - 1)
         sums = confidence_B.new_zeros(3, self.bins)
-        for row, values_B in enumerate((torch.ones_like(confidence_B), confidence_B, (predicted_B == targets_B).double())):
+        for row, values_B in enumerate((torch.ones_like(confidence_B), confidence_B, (predicted_B == targets_B).to(confidence_B.dtype))):
             sums[row].index_add_(0, bin_B, values_B)
         return {"bins": sums}
 
     def value(self, sums: Mapping[str, Tensor]) -> float | None:
-        count, confidence, correct = sums["bins"].double()
+        count, confidence, correct = sums["bins"].cpu().double()
         return _ratio((confidence - correct).abs().sum(), count.sum())
 
 
@@ -165,8 +166,8 @@ class _Regression(Metric):
     def measure(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         if outputs.numel() != targets.numel():
             raise InputError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} do not belong together")
-        targets_N = targets.reshape(-1).double()
-        error_N = outputs.reshape(-1).double() - targets_N
+        targets_N = wide(targets.reshape(-1))
+        error_N = wide(outputs.reshape(-1)) - targets_N
         return {
             "squared": (error_N * error_N).sum(),
             "absolute": error_N.abs().sum(),
@@ -253,13 +254,13 @@ class Accumulator:
     def add(self, loss: Tensor, count: Tensor | int, outputs: Any, targets: Any, logs: Mapping[str, Tensor] | None, rows: int) -> None:
         """One batch. Without outputs or targets only the loss is counted."""
         # a batch in which nothing counts (all targets ignored) has a loss of 0/0, which must not spoil the rest
-        weight = count if isinstance(count, Tensor) else loss.new_tensor(count, dtype=torch.float64)
-        part = torch.where(weight > 0, loss.detach().double() * weight, torch.zeros((), dtype=torch.float64, device=loss.device))
+        weight = wide(count if isinstance(count, Tensor) else loss.new_tensor(count))
+        part = torch.where(weight > 0, wide(loss.detach()) * weight, torch.zeros_like(weight))
         self._loss = part if self._loss is None else self._loss + part
-        self._count = self._count + weight.double()
+        self._count = self._count + weight
         self.rows += rows
         for name, value in (logs or {}).items():
-            self._logs[name] = self._logs.get(name, 0.0) + value.detach().double() * weight
+            self._logs[name] = self._logs.get(name, 0.0) + wide(value.detach()) * weight
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
             self._measure(outputs.detach(), targets)
 
@@ -279,7 +280,7 @@ class Accumulator:
         """Additive totals by metric, the loss among them, for adding to those of other workers."""
         if self._loss is None:
             return {}
-        count = torch.as_tensor(self._count, dtype=torch.float64)
+        count = torch.as_tensor(self._count)
         return {"loss": {"total": self._loss, "count": count, "rows": torch.tensor(float(self.rows))}, **self._sums}
 
     def values(self) -> dict[str, Any]:
@@ -288,7 +289,7 @@ class Accumulator:
             raise InputError("no batch was evaluated; the data is empty")
         result = figures(self.sums(), self._metrics)
         rows = result.pop("rows")
-        count = torch.as_tensor(self._count, dtype=torch.float64)
+        count = torch.as_tensor(self._count)
         result |= {name: _ratio(total, count) for name, total in self._logs.items()}
         if self._held:
             outputs, targets = (torch.cat(parts) for parts in zip(*self._held, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyfit.errors import InputError, StateError
 
-__all__ = ["clone", "first_tensor", "leaves", "map_tensors", "pack", "unpack"]
+__all__ = ["clone", "first_tensor", "leaves", "map_tensors", "pack", "unpack", "wide"]
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -61,6 +61,11 @@ def first_tensor(tree: Any) -> Tensor:
 def clone(tree: Any) -> Any:
     """A copy that shares no memory with the original; strides (memory format) are kept."""
     return map_tensors(lambda tensor: tensor.detach().clone(memory_format=torch.preserve_format), tree)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or in float32 where the device has no wider type."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def pack(tree: Any, tensors: MutableMapping[str, Tensor], path: str = "") -> Any:
