@@ -37,7 +37,13 @@ def expected(name: str, logits: torch.Tensor, targets: torch.Tensor) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "metric", "tolerance"),
-    [("accuracy", Accuracy(), 0), ("f1", F1(), 1e-12), ("log_loss", LogLoss(), 1e-6), ("auroc", AUROC(), 2e-4), ("confusion", Confusion(), 0)],
+    [
+        ("accuracy", Accuracy(), 0),
+        ("f1", F1(), 1e-12),
+        ("log_loss", LogLoss(), 1e-6),
+        ("auroc", AUROC(), 2e-4),
+        ("confusion", Confusion(), 0),
+    ],
 )
 def test_classification_metrics_are_sklearns_however_the_rows_are_split(
     name: str, metric: Metric, tolerance: float, classified: tuple[torch.Tensor, torch.Tensor]

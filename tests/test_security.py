@@ -57,7 +57,9 @@ def test_no_pickle_is_opened_by_anything_a_run_does(tmp_path: Path) -> None:
 
 
 def test_the_source_holds_no_pickle_and_no_eval() -> None:
-    unsafe = re.compile(r"\b(import (pickle|cloudpickle|dill|joblib|marshal)\b|torch\.load\(|torch\.save\(|allow_pickle=True|(?<![\w.])eval\(|(?<![\w.])exec\()")
+    unsafe = re.compile(
+        r"\b(import (pickle|cloudpickle|dill|joblib|marshal)\b|torch\.load\(|torch\.save\(|allow_pickle=True|(?<![\w.])eval\(|(?<![\w.])exec\()"
+    )
     found = [
         f"{path.name}:{number}"
         for path in (ROOT / "src").rglob("*.py")

@@ -142,7 +142,10 @@ def test_losses_by_type_of_target() -> None:
     ignored = torch.tensor([0, -100, 1, -100])
     assert torch.allclose(step(X, ignored).loss, cross_entropy(X[[0, 2]], ignored[[0, 2]])) and int(step(X, ignored).count) == 2
     tokens, labels = torch.randn(2, 5, 3), torch.tensor([[0, 1, 2, -100, -100], [1, -100, -100, -100, -100]])
-    assert torch.allclose(step(tokens, labels).loss, cross_entropy(tokens.reshape(-1, 3), labels.reshape(-1))) and int(step(tokens, labels).count) == 4
+    assert (
+        torch.allclose(step(tokens, labels).loss, cross_entropy(tokens.reshape(-1, 3), labels.reshape(-1)))
+        and int(step(tokens, labels).count) == 4
+    )
     nothing = step(tokens, torch.full((2, 5), -100))
     assert float(nothing.loss) == 0 and int(nothing.count) == 0
     assert step(X.bfloat16(), Y).loss.dtype == torch.float32
@@ -203,7 +206,9 @@ def test_code_is_told_apart_by_its_source_and_without_source_by_its_bytecode() -
 
 
 def test_collate_nests_and_pads() -> None:
-    samples = [{"input_ids": torch.arange(n), "labels": torch.arange(n), "more": (1, [2.0, 3.0]), "pair": Named(torch.ones(2), n)} for n in (2, 3)]
+    samples = [
+        {"input_ids": torch.arange(n), "labels": torch.arange(n), "more": (1, [2.0, 3.0]), "pair": Named(torch.ones(2), n)} for n in (2, 3)
+    ]
     batch = Given().collate(samples)
     assert batch["input_ids"].tolist() == [[0, 1, 0], [0, 1, 2]]
     assert batch["labels"].tolist() == [[0, 1, -100], [0, 1, 2]]

@@ -166,7 +166,7 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
 
     def _share_of(self, count: Count) -> float | Tensor:
-        """count / nominal; whole numbers on a device would divide to float32."""
+        """Count / nominal; whole numbers on a device would divide to float32."""
         return wide(count) / self.nominal if isinstance(count, Tensor) else count / self.nominal
 
     @staticmethod

@@ -121,13 +121,19 @@ def _read_table(path: Path) -> pa.Table:
         if path.name.lower().endswith(".parquet"):
             return pa.parquet.read_table(path)
         delimiter = "\t" if ".tsv" in path.name.lower() else ","
-        return pa.csv.read_csv(
+        table = pa.csv.read_csv(
             path,
             parse_options=pa.csv.ParseOptions(delimiter=delimiter),
             convert_options=pa.csv.ConvertOptions(null_values=MISSING, strings_can_be_null=True),
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, EOFError, OSError) as error:
         raise DataError(f"data (={str(path)!r}) cannot be read as a table: {error}") from error
+    for field in table.schema:
+        if pa.types.is_binary(field.type):  # what pyarrow makes of text that is no UTF-8
+            raise DataError(
+                f"column {field.name!r} of {path} holds text that is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
+            )
+    return table
 
 
 def _digits() -> pa.Table:
