@@ -115,9 +115,7 @@ def test_bad_files_are_refused_by_name(name: str, content: Any, message: str, tm
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=f"({message})"):
-        source = Source(tmp_path / name)
-        infer_schema(source.read()["train"], None)
-        statistics(source.read()["train"], infer_schema(source.read()["train"], None))
+        Source(tmp_path / name).read()
 
 
 @pytest.mark.parametrize("data", [3, [], None, (np.zeros(3), np.zeros(4)), (np.zeros((0, 2)), np.zeros(0)), (np.array(["a"]),)])

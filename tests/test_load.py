@@ -50,7 +50,7 @@ def test_references() -> None:
 
 def test_fields_are_checked(tmp_path: Path) -> None:
     (tmp_path / "t.py").write_text(SOURCE)
-    with pytest.raises(TaskError, match="cannot be made: .*size"):
+    with pytest.raises(TaskError, match=r"cannot be made: .*size"):
         load(f"{tmp_path}/t.py:Needs")
     with pytest.raises(ValueError, match=r"size \(='big'\) must be a whole number"):
         load(f"{tmp_path}/t.py:Needs", {"size": "big"})

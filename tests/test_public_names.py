@@ -7,7 +7,34 @@ import sys
 
 import anyfit
 
-NAMES = ["Column", "FedAvg", "File", "Image", "Metric", "Plan", "Run", "Schedule", "Schema", "Source", "State", "Step", "Strategy", "Tabular", "Task", "Trainer", "Update", "adamw", "check", "evaluate", "federate", "fit", "load", "open_run", "predict", "write_report"]
+NAMES = [
+    "Column",
+    "FedAvg",
+    "File",
+    "Image",
+    "Metric",
+    "Plan",
+    "Run",
+    "Schedule",
+    "Schema",
+    "Source",
+    "State",
+    "Step",
+    "Strategy",
+    "Tabular",
+    "Task",
+    "Trainer",
+    "Update",
+    "adamw",
+    "check",
+    "evaluate",
+    "federate",
+    "fit",
+    "load",
+    "open_run",
+    "predict",
+    "write_report",
+]
 
 
 def test_the_public_names_are_these() -> None:

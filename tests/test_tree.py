@@ -27,7 +27,7 @@ TREES = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False)
     | st.text(max_size=3)
-    | st.builds(lambda n: torch.arange(n), st.integers(0, 4)),
+    | st.builds(torch.arange, st.integers(0, 4)),
     lambda inner: (
         st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3)
     ),

@@ -128,10 +128,10 @@ def _read_table(path: Path) -> pa.Table:
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, EOFError, OSError) as error:
         raise DataError(f"data (={str(path)!r}) cannot be read as a table: {error}") from error
-    for field in table.schema:
-        if pa.types.is_binary(field.type):  # what pyarrow makes of text that is no UTF-8
+    for column in table.schema:
+        if pa.types.is_binary(column.type):  # what pyarrow makes of text that is no UTF-8
             raise DataError(
-                f"column {field.name!r} of {path} holds text that is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
+                f"column {column.name!r} of {path} holds text that is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
             )
     return table
 
