@@ -290,6 +290,27 @@ def test_fp16_scales_its_loss() -> None:
     assert trainer.snapshot().scaler["scale"] == trainer.scaler.get_scale()
 
 
+class Both(Two):
+    """Two optimizers after one backward pass."""
+
+    def train_step(self, trainer: Trainer, window: Sequence[Any]) -> None:
+        for batch in window:
+            trainer.backward(self.step(trainer.model, batch))
+        trainer.apply()
+
+
+def test_fp16_unscales_every_optimizer_by_the_same_scale() -> None:
+    """The scale may change once a step, not between two optimizers."""
+    trainer, batches = made(Both(), points(), Plan(batch_size=10, precision="fp16"))
+    assert trainer.scaler is not None
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "growth_interval": 1, "scale": 4.0})
+    plain, same = made(Both(), points(), Plan(batch_size=10))
+    for scaled, exact in zip(train(trainer, batches, 3), train(plain, same, 3), strict=True):
+        assert scaled.position == exact.position
+    assert trainer.scaler.get_scale() == 4.0 * 2**3
+    assert torch.allclose(weights(trainer), weights(plain), atol=2e-2)
+
+
 class Explodes(Net):
     at: int = 7
 

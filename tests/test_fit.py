@@ -105,6 +105,17 @@ def test_resume_is_exact_at_every_step(stop: int, tmp_path: Path) -> None:
     assert (tmp_path / "cut" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
 
 
+def test_resume_with_validation_but_without_a_best_checkpoint(tmp_path: Path) -> None:
+    options = {"validation": 0.2, "batch_size": 50}
+    whole = anyfit.fit(Line(), points(), epochs=4, **options)
+    anyfit.fit(Line(), points(), epochs=2, run=tmp_path / "r", **options)
+    again = anyfit.fit(Line(), points(), epochs=4, run=tmp_path / "r", resume=True, **options)
+    assert equal(again.state.model, whole.state.model)
+    assert not (tmp_path / "r/checkpoints/best.safetensors").exists()
+    asked = anyfit.fit(Line(), points(), epochs=6, best=True, run=tmp_path / "r", resume=True, **options)
+    assert asked.record["forks"][-1]["changed"]["best"] == [False, True]
+
+
 def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     first = anyfit.fit(Line(), points(), run=tmp_path / "r", epochs=2)
     again = anyfit.fit(Line(), points(), run=tmp_path / "r", epochs=2, resume=True)

@@ -197,6 +197,8 @@ class Trainer:
             self._scale(parameters, self.nominal / total)
         for optimizer_name in names:
             self._commit(optimizer_name)
+        if self.scaler is not None:
+            self.scaler.update()
         if self.plan.precision != "fp32":
             torch.clear_autocast_cache()  # casts of the old weights would serve the next pass of an own inner loop
         for parameter in self._trained:
@@ -213,7 +215,6 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters, self.plan.clip)
         if self.scaler is not None:
             self.scaler.step(optimizer)
-            self.scaler.update()
         else:
             optimizer.step()
 

@@ -140,7 +140,8 @@ class _Fit:
         else:
             assert self.folder is not None
             before = self.folder.record()
-            assert before is not None
+            if before is None:
+                raise StateError(f"run (={str(self.folder.path)!r}) has checkpoints but no run.json; restore it, or start a new run with weights=")
             changed = compare(self.folder, before, record)
             self._restore(state, forked=bool(changed))
             record["forks"] = [*before.get("forks", []), *([{"step": state.position.step, "changed": changed}] if changed else [])]
@@ -200,10 +201,11 @@ class _Fit:
         self.losses.events = [_stepped(item) for item in progress["pending"]]
         if self.trainer.position.step < self.total and self.stopped != "patience":
             self.stopped = None
-        if self.best is not None:
+        if self.best is not None and self.prepared.plan.keeps_best:
             if self.best["step"] == state.position.step:  # killed between the checkpoint and its second name
                 self.folder.mark_best(self.folder.checkpoint_path(state.position.step))
-            self.best_weights = load_weights(self.folder.best)
+            if self.folder.best.exists():  # not where a fork asks for the best only now
+                self.best_weights = load_weights(self.folder.best)
 
     def loop(self, caught: list[int]) -> None:
         """Steps, and between them what is due: log, evaluate, stop, checkpoint."""
@@ -230,6 +232,7 @@ class _Fit:
                 self._line({"event": "stop", "step": step, "reason": self.stopped}, kept=self.stopped != "signal")
             if self.stopped or better or event.ends_epoch or time.monotonic() - self.saved > plan.checkpoint_every_s:
                 self._checkpoint(better)
+                self.logged += time.monotonic() - self.saved  # speed is that of steps
             if self.stopped is not None:
                 return
 
@@ -275,9 +278,9 @@ class _Fit:
             if plan.keeps_best:
                 self.best_weights = clone(dict(self.trainer.model.state_dict()))
         if self.folder is not None:
-            self.folder.timing(
-                {"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": time.monotonic() - begun}
-            )
+            seconds = time.monotonic() - begun
+            self.folder.timing({"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": seconds})
+            self.logged += seconds
         self._line(
             {
                 "event": "evaluate",
@@ -288,7 +291,6 @@ class _Fit:
                 "best": better,
             }
         )
-        self.figures = figures
         return better and plan.keeps_best
 
     def _progress(self) -> dict[str, Any]:
