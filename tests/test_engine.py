@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 import anyfit
 from anyfit import Plan, Schema, Step, Task
 from anyfit.data import make_batches
-from anyfit.engine import Trainer, make_trainer, predict, seed_all, train
+from anyfit.engine import Trainer, make_trainer, predict, train
 from anyfit.errors import InputError, Lost, NonFinite, TaskError
+from anyfit.machine import seed_all
 from anyfit.state import Position
 
 CPU = torch.device("cpu")

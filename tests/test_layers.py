@@ -36,7 +36,7 @@ ROWS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("adapt",), ()),
     (("tasks", "engine"), ("hub",)),
     (("task", "guard"), ()),
-    (("data", "state", "metrics", "schedule"), ("pages",)),
+    (("data", "state", "metrics", "schedule", "machine"), ("pages",)),
     (("update",), ("report", "bundle")),
     (("tree",), ("run", "wire", "policy")),
     ((), ("schema", "secure")),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyfit import engine
+from anyfit import engine, machine
 from anyfit.errors import AnyfitError
-from anyfit.prepare import built, own_random, prepare
+from anyfit.prepare import built, prepare
 from anyfit.task import Step, Task, evaluating, measure
 from anyfit.tree import first_tensor, leaves, map_tensors
 
@@ -25,9 +25,9 @@ def check(task: Task, data: Any, *, target: str | None = None, **plan: Any) -> d
 
     Returns what was seen, with `ok` and a list of `problems`; raises only where the data cannot be read or the model not built.
     """
-    with own_random():
+    with machine.own_random():
         prepared = prepare(task, data, target=target, validation=None, test=None, plan=plan)
-        engine.seed_all(prepared.plan.seed)
+        machine.seed_all(prepared.plan.seed)
         batches = prepared.batches("train")
         model = built(task, prepared.schema)
         trainer = engine.make_trainer(task, model, prepared.plan, 1, prepared.device)

@@ -12,12 +12,12 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from anyfit import data, engine
+from anyfit import data, engine, machine
 from anyfit.data import Batches, Source
 from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError, TaskError
 from anyfit.fit import OnEvent, scalars, signals
 from anyfit.metrics import figures
-from anyfit.prepare import Prepared, built, own_random
+from anyfit.prepare import Prepared, built
 from anyfit.record import compare, last_state, record_of
 from anyfit.run import Folder, Run
 from anyfit.schema import Column, Schema
@@ -60,7 +60,7 @@ def federate(
         raise InputError(f"{unused[0]} (={plan[unused[0]]!r}) has no meaning in a federation yet; leave it out")
     folder = None if run is None else Folder(Path(run), resume=resume)
     try:
-        with own_random(), engine.steady_memory():
+        with machine.own_random(), machine.steady_memory():
             workers = _workers(task, sites, target, final, strategy or FedAvg())
             federation = _Federation(task, workers, strategy or FedAvg(), rounds, final, folder, on_event or (lambda event: None))
             federation.begin(None if test is None else Source.of(test, target), resume=resume)
@@ -118,7 +118,7 @@ class _Federation:
     ) -> None:
         self.task, self.workers, self.strategy, self.rounds, self.plan = task, workers, strategy, rounds, plan
         self.folder, self.emit = folder, emit
-        self.device = engine.pick_device(plan.device)
+        self.device = machine.pick_device(plan.device)
         self.history: list[dict[str, Any]] = []
         self.bytes = {"up": 0, "down": 0}
         self.stopped: str | None = None
@@ -153,7 +153,7 @@ class _Federation:
         self.schema = self.base if not isinstance(self.workers[0].rows, pa.Table) else self.task.prepare(self.base, statistics)
         if self.schema.classes is not None and len(self.schema.classes) < 2:
             raise DataError(f"target {self.schema.target!r} has one class only at all sites together; there is nothing to tell apart")
-        engine.seed_all(self.plan.seed)
+        machine.seed_all(self.plan.seed)
         self.model = built(self.task, self.schema).to(device=self.device, dtype=getattr(torch, self.plan.dtype))
         _refuse_batch_statistics(self.task, self.model)
         self.names = [name for name, tensor in _named(self.model) if self.task.shared(name, tensor)]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from anyfit import data, engine
+from anyfit import data, engine, machine
 from anyfit.data import Rows, Source
 from anyfit.engine import Losses, Stepped
 from anyfit.errors import DataError, InputError, NonFinite, StateError
 from anyfit.load import load
 from anyfit.metrics import Metric
-from anyfit.prepare import Prepared, built, own_random, prepare
+from anyfit.prepare import Prepared, built, prepare
 from anyfit.record import compare, last_state, record_of, start_from, weights_file
 from anyfit.run import Folder, Run, read_record
 from anyfit.schema import Schema
@@ -80,9 +80,9 @@ def fit(
     """
     folder = None if run is None else Folder(Path(run), resume=resume)
     try:
-        with own_random(), engine.steady_memory():
+        with machine.own_random(), machine.steady_memory():
             prepared = prepare(task, data, target=target, validation=validation, test=test, plan=plan)
-            engine.seed_all(prepared.plan.seed)
+            machine.seed_all(prepared.plan.seed)
             fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume)
             fitting.begin(weights, weights_partial)
             with signals() as caught:
@@ -141,7 +141,9 @@ class _Fit:
             assert self.folder is not None
             before = self.folder.record()
             if before is None:
-                raise StateError(f"run (={str(self.folder.path)!r}) has checkpoints but no run.json; restore it, or start a new run with weights=")
+                raise StateError(
+                    f"run (={str(self.folder.path)!r}) has checkpoints but no run.json; restore it, or start a new run with weights="
+                )
             changed = compare(self.folder, before, record)
             self._restore(state, forked=bool(changed))
             record["forks"] = [*before.get("forks", []), *([{"step": state.position.step, "changed": changed}] if changed else [])]
@@ -174,7 +176,7 @@ class _Fit:
             yield f"metric {', '.join(plain)} is a plain function: all outputs and targets are held in memory for it"
         if type(task).evaluate is not Task.evaluate:
             return
-        with own_random():
+        with machine.own_random():
             outputs = engine.glance(task, self.trainer.model, self.prepared.batches(split), self.trainer.autocast())
         if outputs is None:
             yield "the model returns its loss only, so there are no metrics beside it; define predict(self, model, batch) and evaluate_step"
@@ -387,7 +389,7 @@ def _opened(run: Origin, task: Task | None, plan: Mapping[str, Any]) -> tuple[Ta
         model = built(task, Schema.from_json(schema_json or {}))
         engine.load_model(model, state.model)
     final = Plan(**recorded).updated(**{"device": "auto", **plan})
-    device = engine.pick_device(final.device)
+    device = machine.pick_device(final.device)
     model.to(device=device, dtype=getattr(torch, final.dtype))
     schema = Schema.from_json(schema_json or {})
     return task, model, Prepared(task, final, device, schema, {}, {}, task.collate)
@@ -408,7 +410,7 @@ def evaluate(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -
     """Figures of a trained run on data with targets."""
     task, model, prepared = _opened(run, task, plan)
     batches = prepared.batches_of(_given_rows(data, prepared.schema, "test"), "test")
-    return engine.evaluate(task, model, batches, engine.autocast(prepared.plan, prepared.device))
+    return engine.evaluate(task, model, batches, machine.autocast(prepared.plan, prepared.device))
 
 
 def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> Any:
@@ -418,7 +420,7 @@ def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) ->
     if isinstance(rows, pa.Table) and prepared.schema.target in rows.column_names:
         rows = rows.drop_columns([prepared.schema.target])
     batches = prepared.batches_of(rows, "predict")
-    return _joined(list(engine.predict(task, model, batches, engine.autocast(prepared.plan, prepared.device))))
+    return _joined(list(engine.predict(task, model, batches, machine.autocast(prepared.plan, prepared.device))))
 
 
 def _joined(parts: list[Any]) -> Any:

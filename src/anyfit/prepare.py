@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from anyfit import data, engine
+from anyfit import data, machine
 from anyfit.data import Batches, Rows, Source
 from anyfit.errors import DataError
 from anyfit.schema import Schema
@@ -21,7 +20,7 @@ from anyfit.task import Task
 from anyfit.tree import map_tensors
 from anyfit.values import Plan
 
-__all__ = ["Prepared", "built", "infer", "own_random", "prepare"]
+__all__ = ["Prepared", "built", "infer", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, tes
     if final.epochs is None and final.steps is None:
         final = final.updated(epochs=10)
     rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
-    device = engine.pick_device(final.device)
+    device = machine.pick_device(final.device)
     schema = _schema(task, source, rows["train"])
     if schema.classes is not None and len(schema.classes) < 2:
         raise DataError(f"target {schema.target!r} has one class only ({', '.join(schema.classes)}); there is nothing to tell apart")
@@ -114,7 +113,7 @@ def infer(source: Source, rows: Rows) -> Schema:
     if isinstance(rows, DataLoader | IterableDataset):
         sample = map_tensors(lambda tensor: tensor[0], next(iter(rows))) if isinstance(rows, DataLoader) else next(iter(rows))
         return data.tensor_schema(sample)
-    with own_random():
+    with machine.own_random():
         return data.tensor_schema(rows[0])
 
 
@@ -124,13 +123,3 @@ def built(task: Task, schema: Schema) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise DataError(f"build_model of {type(task).__name__} gave a {type(model).__name__}; it must give a torch.nn.Module")
     return model
-
-
-@contextlib.contextmanager
-def own_random() -> Iterator[None]:
-    """The caller's generators are as they were afterwards."""
-    state = engine.random_state(torch.device("cpu"))
-    try:
-        yield
-    finally:
-        engine.set_random_state(state, torch.device("cpu"))

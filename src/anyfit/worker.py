@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from anyfit import data, engine
+from anyfit import data, engine, machine
 from anyfit.data import Source
 from anyfit.errors import AnyfitError, DataError
 from anyfit.prepare import Prepared, built, infer
@@ -72,18 +72,18 @@ class Worker:
             plan = self.plan.updated(seed=order.seed)
             if plan.batch_size is not None and plan.batch_size > self.num_rows:
                 plan = plan.updated(batch_size=None)  # a site smaller than a batch trains on all its rows at once
-            prepared = Prepared(self.task, plan, engine.pick_device(plan.device), schema, {"train": self.rows}, {}, self.task.collate)
+            prepared = Prepared(self.task, plan, machine.pick_device(plan.device), schema, {"train": self.rows}, {}, self.task.collate)
             self.batches = prepared.batches("train")
-            engine.seed_all(self.plan.seed)  # what is not exchanged (frozen weights) must be the same everywhere
+            machine.seed_all(self.plan.seed)  # what is not exchanged (frozen weights) must be the same everywhere
             self._model = built(self.task, schema)
         total = int(order.values["rounds"]) * local_steps(order, self.batches)
-        trainer = engine.make_trainer(self.task, self._model, self.plan, total, engine.pick_device(self.plan.device))
+        trainer = engine.make_trainer(self.task, self._model, self.plan, total, machine.pick_device(self.plan.device))
         _set_weights(trainer, order.tensors)
         return trainer
 
     def _train(self, order: Order) -> Update:
         trainer = self._set_up(order)
-        engine.seed_all(data.mix_seed(order.seed, order.round))
+        machine.seed_all(data.mix_seed(order.seed, order.round))
         done = (order.round - 1) * local_steps(order, self.batches)
         per_epoch = self.batches.steps_per_epoch or 1
         trainer.position = Position(done, done // per_epoch, done % per_epoch)
