@@ -68,7 +68,7 @@ class FedAvg(Strategy):
         model = dict(state.model)
         for name, delta in mean.items():
             weight = model[name]
-            model[name] = (weight.double() + self.lr * delta.to(weight.device)).to(weight.dtype)
+            model[name] = (weight.to("cpu", torch.float64) + self.lr * delta).to(weight.device, weight.dtype)
         return replace(state, model=model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -58,6 +59,10 @@ class Worker:
         except AnyfitError as error:
             return Reply(self.site, error=str(error), seconds=time.monotonic() - begun)
 
+    def _seed(self, order: Order) -> int:
+        """Of this site: sites must neither shuffle nor drop out alike."""
+        return data.mix_seed(order.seed, zlib.crc32(self.site.encode()))
+
     def _prepare(self, order: Order) -> Update:
         """The additive statistics of this site's rows under the schema that all sites agreed on."""
         if not isinstance(self.rows, pa.Table):
@@ -69,7 +74,7 @@ class Worker:
         schema = Schema.from_json(order.values["schema"])
         if self._schema != schema:
             self._schema = schema
-            plan = self.plan.updated(seed=order.seed)
+            plan = self.plan.updated(seed=self._seed(order))
             if plan.batch_size is not None and plan.batch_size > self.num_rows:
                 plan = plan.updated(batch_size=None)  # a site smaller than a batch trains on all its rows at once
             prepared = Prepared(self.task, plan, machine.pick_device(plan.device), schema, {"train": self.rows}, {}, self.task.collate)
@@ -83,7 +88,7 @@ class Worker:
 
     def _train(self, order: Order) -> Update:
         trainer = self._set_up(order)
-        machine.seed_all(data.mix_seed(order.seed, order.round))
+        machine.seed_all(data.mix_seed(self._seed(order), order.round))
         done = (order.round - 1) * local_steps(order, self.batches)
         per_epoch = self.batches.steps_per_epoch or 1
         trainer.position = Position(done, done // per_epoch, done % per_epoch)
