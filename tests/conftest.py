@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# the same examples each time, and no deadline: a test must not depend on how busy a machine is. To look for new ones:
+# make test ARGS="--hypothesis-profile=default --hypothesis-seed=random"
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -224,6 +224,14 @@ def test_statistics_of_any_parts_add_up_to_those_of_all(rows: list[tuple[Any, ..
         assert a.std == (None if b.std is None else pytest.approx(b.std, rel=1e-9))
 
 
+@pytest.mark.parametrize("value", [1.7e-12, 1e-25, 1e-200, 3e5])
+def test_a_constant_column_has_no_spread_however_it_is_added_up(value: float) -> None:
+    schema = Schema((Column("x", "continuous"),))
+    parts = [statistics(pa.table({"x": [value] * rows}), schema) for rows in (1, 3, 7)]
+    for total in (parts[0], parts[0] + parts[1] + parts[2]):
+        assert fitted(schema, total)["x"].std == 1.0
+
+
 def test_odd_columns() -> None:
     table = pa.table({"same": [2.0] * 5, "none": pa.nulls(5), "big": [1e9 + 1000.0 * i for i in range(5)], "target": list("ababa")})
     schema = infer_schema(table, "target")

@@ -19,9 +19,10 @@ from anyfit.errors import InputError, NonFinite
 __all__ = ["FINE", "WIDE", "Group", "Order", "Reply", "Update"]
 
 # The powers of two that one int64 limb counts in. One limb of 2^-40 serves weights (range 8 million, resolution 1e-12).
-# Four serve sums of raw data: range 2^85, resolution 2^-110, and 19 bits in each limb for carries (500,000 addends).
+# Six serve sums of raw data, whose scale nobody knows: range 2^85, resolution 2^-198, and 19 bits in each limb for carries
+# (500,000 addends).
 FINE = (-40,)
-WIDE = (22, -22, -66, -110)
+WIDE = (22, -22, -66, -110, -154, -198)
 
 
 def _encode(values: Tensor, exponents: tuple[int, ...]) -> Tensor:

@@ -127,8 +127,10 @@ def _fit_mean(column: Column, total: Update) -> Column:
         return replace(column, mean=0.0, std=1.0)
     means = total.mean(group)
     variance = (means["squares"] - means["sum"] ** 2).clamp(min=0)
-    # what rounding leaves of a constant column's variance is not a spread: float64 keeps it below 1e-14 of the squares
-    std = torch.where(variance > 1e-14 * means["squares"], variance.sqrt(), torch.ones_like(variance))
+    # what rounding leaves of a constant column's variance is not a spread: float64 keeps it below 1e-14 of the squares, and fixed
+    # point below 1e-50
+    spread = variance > (1e-14 * means["squares"]).clamp(min=1e-50)
+    std = torch.where(spread, variance.sqrt(), torch.ones_like(variance))
     if column.type == "image":
         return replace(column, mean=tuple(means["sum"].tolist()), std=tuple(std.tolist()))
     return replace(column, mean=float(means["sum"]), std=float(std))
