@@ -1,10 +1,12 @@
-"""One process per engine: `python contestants.py ENGINE` reads work names from stdin and answers with microseconds of CPU per step.
+"""python benchmarks/contestants.py ENGINE: one engine in a process of its own, as benchmarks/engine.py drives it.
 
+Reads names of works from stdin and answers each with a line of JSON: microseconds of CPU per step, and the last logged loss.
 Every engine trains the same module with fused AdamW at one thread, logs its loss every 50 steps and keeps the history.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import sys
@@ -20,6 +22,7 @@ from works import WORKS, Work
 
 LOG = 50
 LR = 1e-3
+WEIGHT_DECAY = 0.01  # torch's default for AdamW, and ours; transformers' own is 0
 
 
 class Clock:
@@ -40,7 +43,7 @@ class Clock:
 def raw_loop(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
     """The loop that a tutorial shows."""
     model, history, total, step = work.model(), [], 0.0, 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=work.batch_size, shuffle=True)
     for inputs, targets in loader:
         loss = cross_entropy(model(inputs), targets)
@@ -56,10 +59,11 @@ def raw_loop(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
 
 
 def best_raw_loop(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
-    """The best that we can write by hand: one gather for many batches, losses left alone until a log line is due."""
+    """The best that we can write by hand: one gather for many batches, losses left alone until a log line is due, freed memory kept."""
+    keep_freed_memory()
     model, history, losses, step = work.model(), [], [], 0
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     order = torch.randperm(len(x))
     for chunk in order.split(work.batch_size * 64):
         for inputs, targets in zip(x[chunk].split(work.batch_size), y[chunk].split(work.batch_size), strict=True):
@@ -77,7 +81,16 @@ def best_raw_loop(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]
     return history
 
 
-def anyfit(work: Work, x: Tensor, y: Tensor, clock: Clock, **plan: Any) -> list[float]:
+def keep_freed_memory() -> None:
+    """As anyfit does: else glibc may hand large freed blocks back to the kernel and take them anew at every step (mallopt(3))."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1
+        library.mallopt(mmap_threshold, 32 << 20)  # the most that every glibc takes
+        library.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def anyfit(work: Work, x: Tensor, y: Tensor, clock: Clock, *, writes: bool = True, **plan: Any) -> list[float]:
     """As a user has it: a run folder on disk, events, history."""
     from anyfit import Schema, Task, adamw, fit
 
@@ -86,7 +99,7 @@ def anyfit(work: Work, x: Tensor, y: Tensor, clock: Clock, **plan: Any) -> list[
             return work.model()
 
         def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-            return adamw(model, lr=LR)
+            return adamw(model, lr=LR, weight_decay=WEIGHT_DECAY)
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step":
@@ -94,9 +107,21 @@ def anyfit(work: Work, x: Tensor, y: Tensor, clock: Clock, **plan: Any) -> list[
 
     with tempfile.TemporaryDirectory() as folder:
         run = fit(
-            Same(), (x, y), steps=clock.last, batch_size=work.batch_size, log_every=LOG, run=f"{folder}/run", on_event=on_event, **plan
+            Same(),
+            (x, y),
+            steps=clock.last,
+            batch_size=work.batch_size,
+            log_every=LOG,
+            run=f"{folder}/run" if writes else None,
+            on_event=on_event,
+            **plan,
         )
     return [line["loss"] for line in run.history if line["event"] == "step"]
+
+
+def anyfit_unwritten(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
+    """The same with nothing written: events and history only."""
+    return anyfit(work, x, y, clock, writes=False)
 
 
 def anyfit_bf16(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
@@ -134,6 +159,7 @@ def huggingface(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             per_device_train_batch_size=work.batch_size,
             max_steps=clock.last,
             learning_rate=LR,
+            weight_decay=WEIGHT_DECAY,
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             max_grad_norm=0.0,
@@ -167,7 +193,7 @@ def lightning(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
+            return torch.optim.AdamW(self.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -193,6 +219,7 @@ def lightning(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
 
 ENGINES = {
     "anyfit": anyfit,
+    "anyfit unwritten": anyfit_unwritten,
     "anyfit bf16": anyfit_bf16,
     "raw loop": raw_loop,
     "best raw loop": best_raw_loop,
@@ -211,7 +238,9 @@ def main() -> None:
     for line in sys.stdin:
         name = line.strip()
         work, clock = WORKS[name], Clock(WORKS[name])
-        x, y = rows.setdefault(name, work.rows(name))
+        if name not in rows:
+            rows[name] = work.rows(name)
+        x, y = rows[name]
         torch.manual_seed(0)
         history = ENGINES[sys.argv[1]](work, x, y, clock)
         expected = clock.last // LOG

@@ -1,4 +1,4 @@
-"""The engine against plain loops, Hugging Face's Trainer and Lightning, in one run: python benchmarks/engine.py [--json] [--quick]
+"""python benchmarks/engine.py [--json] [--quick]: the engine against plain loops, Hugging Face's Trainer and Lightning, in one run.
 
 CPU time of training steps after a warm-up, one torch thread, engines in turn within each round; a ratio per round (our speed
 over the peer's), reported as median, low and high. Peers live in .venv-peers, made on first use from benchmarks/peers.txt.
@@ -11,6 +11,8 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 import venv
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from works import WORKS
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-peers"
-OURS = ("anyfit", "anyfit bf16")
+OURS = ("anyfit", "anyfit unwritten", "anyfit bf16")  # with a run folder; with events and history only; with bf16 and channels last
 PEER_ENGINES = ("raw loop", "best raw loop", "huggingface", "lightning")
 
 
@@ -29,8 +31,13 @@ class Contestant:
     def __init__(self, engine: str) -> None:
         python = str(PEERS / "bin/python") if engine in ("huggingface", "lightning") else sys.executable
         self.engine = engine
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process; a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
-            [python, str(HERE / "contestants.py"), engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [python, str(HERE / "contestants.py"), engine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.complaints,
+            text=True,
         )
 
     def run(self, work: str) -> dict[str, float]:
@@ -41,8 +48,9 @@ class Contestant:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            assert self.process.stderr is not None
-            raise SystemExit(f"{self.engine} failed:\n{self.process.stderr.read()[-2000:]}")
+            self.process.wait()
+            self.complaints.seek(0)
+            raise SystemExit(f"{self.engine} failed at {work}:\n{self.complaints.read()[-2000:]}")
         answer: dict[str, float] = json.loads(line)
         return answer
 
@@ -91,28 +99,30 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--quick", action="store_true", help="two rounds of each")
     arguments = parser.parse_args()
+    begun = time.monotonic()
     set_up_peers()
     bf16 = has_bf16()
     contestants = {engine: Contestant(engine) for engine in (*OURS, *PEER_ENGINES)}
     rows: list[dict[str, Any]] = []
     lines: list[tuple[str, str, float, float]] = []
     for work, about in WORKS.items():
-        ours = OURS if work == "mnist-cnn" and bf16 else OURS[:1]
+        ours = ("anyfit", *(["anyfit bf16"] if bf16 else [])) if work == "mnist-cnn" else ("anyfit", "anyfit unwritten")
         answers = measure(contestants, work, (*ours, *PEER_ENGINES), 2 if arguments.quick else about.rounds)
         for engine, given in answers.items():
             lines.append((work, engine, statistics.median(a["us"] for a in given), statistics.median(a["loss"] for a in given)))
         rows += [compare(work, answers["anyfit"], peer, answers[peer]) for peer in PEER_ENGINES]
-        if len(ours) == 2:
+        if "anyfit bf16" in answers:
             rows.append(compare(f"{work} bf16", answers["anyfit bf16"], "raw loop", answers["raw loop"]))
     for contestant in contestants.values():
         assert contestant.process.stdin is not None
         contestant.process.stdin.close()
+    sys.stderr.write(f"done in {(time.monotonic() - begun) / 60:.1f} minutes, set-up included\n")
     if arguments.json:
         sys.stdout.write(json.dumps({"rows": rows}) + "\n")
         return
-    print(f"{'work':<16}{'engine':<16}{'us/step':>10}{'loss':>9}")
+    print(f"{'work':<16}{'engine':<18}{'us/step':>10}{'loss':>9}")
     for work, engine, us, loss in lines:
-        print(f"{work:<16}{engine:<16}{us:>10.1f}{loss:>9.4f}")
+        print(f"{work:<16}{engine:<18}{us:>10.1f}{loss:>9.4f}")
     print(f"\n{'work':<16}{'peer':<16}{'ratio':>7}{'low':>7}{'high':>7}{'extra us':>10}")
     for row in rows:
         print(f"{row['work']:<16}{row['peer']:<16}{row['ratio']:>7.2f}{row['low']:>7.2f}{row['high']:>7.2f}{row['extra_us']:>10.1f}")

@@ -52,7 +52,7 @@ class Work:
 
 
 WORKS = {
-    "mnist-cnn": Work(Convolutions, 64, 50, 50, 5),
+    "mnist-cnn": Work(Convolutions, 64, 50, 50, 9),
     "mlp": Work(lambda: nn.Sequential(nn.Linear(14, 64), nn.ReLU(), nn.Linear(64, 2)), 64, 100, 1000, 9),
     "linear": Work(lambda: nn.Linear(10, 2), 8, 100, 1500, 9),
 }

@@ -1,19 +1,41 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from anyfit.errors import InputError
 from anyfit.metrics import AUROC, F1, MAE, R2, RMSE, Accumulator, Accuracy, CalibrationError, Confusion, LogLoss, Metric, default_metrics
+
+CLASSIFICATION = {
+    "accuracy": Accuracy(),
+    "f1": F1(),
+    "log_loss": LogLoss(),
+    "auroc": AUROC(),
+    "confusion": Confusion(),
+    "ece": CalibrationError(),
+}
+REGRESSION = {"rmse": RMSE(), "mae": MAE(), "r2": R2()}
+
+
+def values(metrics: Any, outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Figures over batches; the loss, which is 1, and the rows are left out."""
+    totals = Accumulator(metrics)
+    for out, target in zip(outputs, targets, strict=True):
+        totals.add(torch.tensor(1.0), 1, out, target, None, len(target))
+    found = totals.values()
+    assert found.pop("loss") == 1 and found.pop("rows") == sum(map(len, targets))
+    return found
 
 
 def value(metric: Metric, outputs: torch.Tensor, targets: torch.Tensor, parts: int = 1) -> Any:
-    totals = Accumulator({"m": metric})
-    for out, target in zip(outputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        totals.add(torch.tensor(1.0), len(target), out, target, None, len(target))
-    return totals.values()["m"]
+    return values({"m": metric}, outputs.tensor_split(parts), targets.tensor_split(parts))["m"]
 
 
 @pytest.fixture(params=[2, 5])
@@ -67,13 +89,76 @@ def test_regression_metrics_are_sklearns() -> None:
             assert value(metric, outputs, targets, parts) == pytest.approx(right, rel=1e-6)
 
 
-def test_ignored_targets_and_sequences() -> None:
-    logits = torch.eye(3).repeat(2, 1).reshape(2, 3, 3) * 5
-    targets = torch.tensor([[0, 1, -100], [2, 1, -100]])
-    assert value(Accuracy(), logits, targets) == 0.75
-    assert value(Accuracy(), logits.reshape(6, 3), targets.reshape(6)) == 0.75
-    nothing = value(Accuracy(), logits, torch.full((2, 3), -100))
-    assert nothing is None
+@pytest.mark.parametrize("metric", [Accuracy(), F1(), LogLoss(), AUROC(), Confusion(), CalibrationError()], ids=lambda m: type(m).__name__)
+def test_ignored_targets_are_left_out_and_sequences_count_tokens(metric: Metric) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, targets = torch.randn(40, 7, 3, generator=generator), torch.randint(0, 3, (40, 7), generator=generator)
+    targets[torch.rand(40, 7, generator=generator) < 0.4] = -100
+    kept = targets != -100
+    right = value(metric, logits[kept], targets[kept])
+    for found in (value(metric, logits, targets, 9), value(metric, logits.reshape(-1, 3), targets.reshape(-1), 9)):
+        assert found == (right if type(metric) is Confusion else pytest.approx(right, rel=1e-6))
+    nothing = value(metric, logits[:2], torch.full((2, 7), -100), 2)
+    assert nothing == ([[0] * 3] * 3 if type(metric) is Confusion else None)
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 80), max_size=6))
+def test_no_metric_depends_on_how_the_rows_are_batched(seed: int, cuts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(80, 3, generator=generator), torch.randint(0, 3, (80,), generator=generator)
+    for metrics, outputs, targets in (
+        (CLASSIFICATION, logits, labels),
+        (REGRESSION, logits[:, 0].double(), logits[:, 1].double()),
+    ):
+        whole = values(metrics, [outputs], [targets])
+        parts = values(metrics, outputs.tensor_split(sorted(cuts)), targets.tensor_split(sorted(cuts)))
+        assert parts.pop("confusion", None) == whole.pop("confusion", None)
+        assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_only_the_order_of_scores_matters_to_auroc() -> None:
+    """A rare class has small probabilities throughout: a shift of its logit changes no rank."""
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.rand(2000, generator=generator) < 0.3).long()
+    score = torch.randn(2000, generator=generator) + targets
+    right = sk.roc_auc_score(targets, score)
+    for shift, scale in ((0.0, 1.0), (-12.0, 1.0), (0.0, 10.0)):
+        logits = torch.stack((torch.zeros(2000), scale * score + shift), 1)
+        assert value(AUROC(), logits, targets) == pytest.approx(right, abs=2e-3), (shift, scale)
+
+
+def test_f1_leaves_out_classes_that_occur_nowhere_as_sklearn_does() -> None:
+    targets, chosen = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([0, 2, 2, 2, 4])
+    logits = torch.nn.functional.one_hot(chosen, 6).float()
+    assert value(F1(), logits, targets, 2) == pytest.approx(sk.f1_score(targets, chosen, average="macro"))
+
+
+def test_a_metric_of_nothing_is_none_and_a_constant_target_has_no_r2() -> None:
+    assert value(R2(), torch.randn(4), torch.full((4,), 2.0)) is None
+    assert value(RMSE(), torch.zeros(0), torch.zeros(0)) is None
+    assert value(AUROC(), torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) is None, "one class only"
+
+
+def test_outputs_and_targets_that_do_not_belong_together_are_named() -> None:
+    for metric, outputs, targets in ((Accuracy(), (4, 3), (5,)), (RMSE(), (4, 3), (4,))):
+        with pytest.raises(InputError, match=re.escape(f"outputs {outputs} and targets {targets} do not belong together")):
+            value(metric, torch.zeros(outputs), torch.zeros(targets, dtype=torch.long))
+
+
+def test_a_plain_function_gets_all_outputs_and_targets_at_once() -> None:
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def share(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append((outputs, targets))
+        return (outputs.argmax(1) == targets).double().mean()
+
+    def broken(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        return float("nan")
+
+    logits, targets = torch.randn(10, 3), torch.arange(10) % 3
+    found = values({"share": share, "broken": broken, "accuracy": Accuracy()}, logits.split(4), targets.split(4))
+    assert len(calls) == 1 and torch.equal(calls[0][0], logits) and torch.equal(calls[0][1], targets)
+    assert found == {"share": found["accuracy"], "broken": None, "accuracy": found["accuracy"]}
 
 
 def test_one_logit_is_class_one_against_zero() -> None:
@@ -99,8 +184,20 @@ def test_defaults_go_by_the_targets_type() -> None:
     assert set(default_metrics(torch.zeros(4), torch.zeros(4))) == {"rmse", "mae", "r2"}
 
 
-def test_the_loss_is_weighted_by_its_count_and_an_empty_batch_spoils_nothing() -> None:
+def test_loss_and_logs_are_weighted_by_their_count_and_an_empty_batch_spoils_nothing() -> None:
     totals = Accumulator({})
     for loss, count in ((1.0, 1), (4.0, torch.tensor(3)), (float("nan"), torch.tensor(0))):
+        totals.add(torch.tensor(loss), count, None, None, {"twice": torch.tensor(2 * loss)}, 1)
+    assert totals.values() == {"loss": 13 / 4, "twice": 13 / 2, "rows": 3}
+
+
+def test_counts_may_be_sums_of_weights() -> None:
+    totals = Accumulator({})
+    for loss, count in ((1.0, 0.25), (4.0, torch.tensor(0.5))):
         totals.add(torch.tensor(loss), count, None, None, None, 1)
-    assert totals.values() == {"loss": 13 / 4, "rows": 3}
+    assert totals.values() == {"loss": 3.0, "rows": 2}
+
+
+def test_an_evaluation_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="no batch was evaluated"):
+        Accumulator(None).values()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anyfit.errors import InputError, NonFinite
@@ -13,6 +13,7 @@ from anyfit.update import FINE, WIDE, Order, Update
 
 NUMBERS = st.floats(-1e5, 1e5)
 RAW = st.floats(-1e20, 1e20)
+COUNTS = st.floats(0, 1e12) | st.integers(0, 10**12).map(float)  # sums of sample weights, and of tokens
 
 
 def update(values: list[float], count: float, exponents: tuple[int, ...] = FINE) -> Update:
@@ -24,9 +25,10 @@ def bits(total: Update) -> tuple[list[int], float]:
     return group.sums["w"].flatten().tolist(), group.count
 
 
-@given(st.lists(st.tuples(NUMBERS, NUMBERS, st.floats(0, 1e4)), min_size=2, max_size=5))
-def test_addition_is_associative_and_commutative_to_the_bit(rows: list[tuple[float, float, float]]) -> None:
-    updates = [update([a, b], count) for a, b, count in rows]
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, COUNTS), min_size=2, max_size=5), st.sampled_from([FINE, WIDE]))
+@example([(0.0, 0.0, 1e10), (0.0, 0.0, 0.3), (0.0, 0.0, 0.1000001)], FINE)
+def test_addition_is_associative_and_commutative_to_the_bit(rows: list[tuple[float, float, float]], exponents: tuple[int, ...]) -> None:
+    updates = [update([a, b], count, exponents) for a, b, count in rows]
     totals = set()
     for order in itertools.islice(itertools.permutations(updates), 6):
         left = order[0]
@@ -48,6 +50,34 @@ def test_wide_sums_of_raw_data_are_as_good_as_float64_can_say(values: list[float
     scale = max(map(abs, values))
     assert large == pytest.approx(math.fsum(values), rel=1e-15, abs=scale * 1e-15 + 1e-30)
     assert small == pytest.approx(math.fsum(value * 1e-20 for value in values), rel=1e-13, abs=1e-30)
+
+
+@given(st.lists(st.floats(1e-9, 1e-7), min_size=1, max_size=15), st.lists(st.floats(1e11, 1e12), max_size=15))
+def test_sums_of_squares_keep_tiny_and_huge_numbers(tiny: list[float], huge: list[float]) -> None:
+    """Standardisation needs both: the squares of 1e-8 are 1e-16, those of 1e12 are 1e24."""
+    total = Update()
+    for a, b in itertools.zip_longest(tiny, huge, fillvalue=0.0):
+        total = total + update([a * a, b * b], 1, WIDE)
+    for found, values in zip(total.sums("g")["w"].tolist(), (tiny, huge), strict=True):
+        assert found == pytest.approx(math.fsum(value * value for value in values), rel=1e-14)
+
+
+def test_sums_of_squares_hold_a_column_of_timestamps() -> None:
+    """Milliseconds since 1970 squared are 3e24; a site has more than seven rows of them."""
+    squares = 1000 * 1.7e12**2
+    total = update([squares], 1000, WIDE) + update([squares], 1000, WIDE)
+    assert total.mean("g")["w"].item() == pytest.approx(1.7e12**2, rel=1e-14)
+
+
+def test_tiny_squares_survive_beside_a_huge_one_that_goes_again() -> None:
+    total = update([1e-16], 1, WIDE) + update([1e24], 1, WIDE) + update([1e-16], 1, WIDE) + update([-1e24], 1, WIDE)
+    assert total.sums("g")["w"].item() == pytest.approx(2e-16, rel=1e-12)
+
+
+def test_nothing_added_is_a_total_of_nothing_and_changes_no_bit() -> None:
+    alone = update([0.1, 1 / 3], 3.0)
+    for total in (Update() + alone, alone + Update()):
+        assert torch.equal(total.sums("g")["w"], alone.sums("g")["w"]) and total.count("g") == 3.0
 
 
 def test_a_missing_name_or_group_counts_as_zero() -> None:
@@ -74,6 +104,20 @@ def test_the_mean_divides_by_the_groups_own_count_or_a_public_one() -> None:
 def test_what_fixed_point_cannot_hold_is_refused(value: float) -> None:
     with pytest.raises(NonFinite, match="a sum in an update"):
         update([value], 1) + update([0.0], 1)
+
+
+@pytest.mark.parametrize("count", [math.nan, math.inf])
+def test_a_count_that_is_not_finite_is_refused(count: float) -> None:
+    with pytest.raises((NonFinite, InputError), match=f"count.*{count}|{count}.*count"):
+        update([1.0], count) + update([1.0], 1)
+
+
+@pytest.mark.parametrize("exponents", [FINE, WIDE], ids=["fine", "wide"])
+def test_a_total_that_fixed_point_cannot_hold_is_refused_not_wrapped(exponents: tuple[int, ...]) -> None:
+    """Each part fits; their sum passes 2^63 and would come back with another sign."""
+    part = update([0.9 * 2.0 ** (exponents[0] + 62)], 1, exponents)
+    with pytest.raises(NonFinite):
+        sum((part for _ in range(8)), Update())
 
 
 def test_other_shapes_or_units_are_refused() -> None:

@@ -115,15 +115,22 @@ class LogLoss(Metric):
 
 
 class AUROC(Metric):
-    """Area under the ROC curve from K bins of the probability; the mean of one-against-rest for more than two classes."""
+    """Area under the ROC curve from K bins; the mean of one-against-rest for more than two classes.
+
+    Bins are of the log odds bent by x / (1 + |x|): a rare class, whose probabilities are small throughout, keeps its ranks.
+    """
 
     def __init__(self, bins: int = 4096) -> None:
         self.bins = bins
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         logits_BC, targets_B = _logits(outputs, targets)
-        scores_BC = logits_BC.float().softmax(1)
-        classes = scores_BC.shape[1]
+        logs_BC = logits_BC.float().log_softmax(1)
+        classes = logs_BC.shape[1]
+        # log p - log (1 - p); for two classes the other one's log, which is exact where p is near 1
+        rest_BC = logs_BC.flip(1) if classes == 2 else torch.log1p(-logs_BC.exp().clamp(max=1 - 1e-7))
+        odds_BC = logs_BC - rest_BC
+        scores_BC = (odds_BC / (1 + odds_BC.abs()) + 1) / 2
         if classes == 2:
             scores_BC, positives_BC = scores_BC[:, 1:], targets_B[:, None] == 1
         else:
@@ -260,7 +267,8 @@ class Accumulator:
         self._count = self._count + weight
         self.rows += rows
         for name, value in (logs or {}).items():
-            self._logs[name] = self._logs.get(name, 0.0) + wide(value.detach()) * weight
+            log = torch.where(weight > 0, wide(value.detach()) * weight, torch.zeros_like(weight))
+            self._logs[name] = self._logs[name] + log if name in self._logs else log
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
             self._measure(outputs.detach(), targets)
 

@@ -90,7 +90,10 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """JSON in which what is not known is left out."""
-        columns = [{key: value for key, value in asdict(column).items() if value not in (None, ())} for column in self.columns]
+        columns = [
+            {key: value for key, value in asdict(column).items() if value is not None and (key, value) != ("shape", ())}
+            for column in self.columns
+        ]
         return {"columns": columns, "target": self.target}
 
     @classmethod
@@ -98,7 +101,7 @@ class Schema:
         """Read what `to_json` wrote."""
         try:
             return cls(tuple(Column(**_tuples(column)) for column in value["columns"]), value["target"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"schema is malformed ({error}); it must be what Schema.to_json() wrote") from error
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyfit.errors import StateError
+from anyfit.errors import InputError, StateError
 from anyfit.tree import pack, unpack
 from anyfit.values import atomic, canonical, parse
 
@@ -101,6 +101,7 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> No
     stored: dict[str, Tensor] = {}
     strides: dict[str, list[int]] = {}
     tied: dict[str, str] = {}
+    memories: set[int] = set()
     seen: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], str] = {}
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -109,8 +110,11 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> No
             continue
         seen[key] = name
         dense, order = _physical(tensor.cpu())
+        memory = dense.untyped_storage().data_ptr()
+        whole = dense.untyped_storage().nbytes() == dense.numel() * dense.element_size()
         # two views of one memory that are not the same tensor are written apart
-        stored[name] = dense.clone() if dense.untyped_storage().nbytes() != dense.numel() * dense.element_size() else dense
+        stored[name] = dense if whole and memory not in memories else dense.clone()
+        memories.add(memory)
         if order is not None:
             strides[name] = order
     header = {**header, "strides": strides, "tied": tied}
@@ -143,7 +147,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise StateError(f"{path} is torn or is no safetensors file ({error})") from error
     if KEY not in metadata:
         return tensors, None
-    header: dict[str, Any] = parse(metadata[KEY], f"the header of {path}")
+    try:
+        header: dict[str, Any] = parse(metadata[KEY], f"the header of {path}")
+    except InputError as error:
+        raise StateError(f"{path} was altered: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise StateError(f"{path} has another format than this version reads ({FORMAT})")
     if header.get("sha256") != _checksum(tensors, header):

@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 import textwrap
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Self, dataclass_transform
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -190,7 +193,7 @@ def task_values(task: Task) -> dict[str, Any]:
             return [convert(name, item) for item in value]
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {key: convert(name, item) for key, item in value.items()}
-        if value is None or isinstance(value, bool | int | float | str):
+        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
             return value
         raise TaskError(
             f"field {name} (={value!r}) of {type(task).__name__} must be a JSON value, a File or a task; build other objects in its methods"
@@ -211,8 +214,14 @@ def task_code(cls: type[Task]) -> str:
             for name, member in sorted(vars(base).items()):
                 code = getattr(member, "__code__", None)
                 if code is not None and not name.startswith("__"):
-                    hasher.update(name.encode() + code.co_code + repr([c for c in code.co_consts if not inspect.iscode(c)]).encode())
+                    hasher.update(f"{name} {_spelled(code)}".encode())
     return hasher.hexdigest()
+
+
+def _spelled(code: CodeType) -> str:
+    """A function's bytecode with the names and constants it uses, functions within it included."""
+    constants = [_spelled(constant) if inspect.iscode(constant) else repr(constant) for constant in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def adamw(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
@@ -366,21 +375,22 @@ def _default_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor
 
 
 def _collate(samples: list[Any], name: str = "") -> Any:
-    """Torch's default collate, nested, that pads sequences of different lengths."""
+    """Torch's default collate, nested, that pads sequences of different lengths; `name` tells labels from inputs."""
     first = samples[0]
     if isinstance(first, Mapping):
         return {key: _collate([sample[key] for sample in samples], str(key)) for key in first}
     if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(_collate(list(parts)) for parts in zip(*samples, strict=True)))
-    if isinstance(first, tuple | list) and not all(isinstance(item, int | float) for item in first):
-        return tuple(_collate(list(parts)) for parts in zip(*samples, strict=True))
+        return type(first)(*(_collate(list(parts), field) for field, parts in zip(first._fields, zip(*samples, strict=True), strict=True)))
+    if isinstance(first, tuple) or (isinstance(first, list) and not all(isinstance(item, int | float) for item in first)):
+        names = [""] * (len(first) - 1) + [TARGETS[0] if len(first) > 1 else ""]
+        return tuple(_collate(list(parts), field) for field, parts in zip(names, zip(*samples, strict=True), strict=True))
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         fields = {
             field.name: _collate([getattr(sample, field.name) for sample in samples], field.name) for field in dataclasses.fields(first)
         }
         return dataclasses.replace(first, **fields)
-    if isinstance(first, list | tuple):
-        samples = [torch.tensor(sample) for sample in samples]
+    if isinstance(first, list | np.ndarray):
+        samples = [torch.as_tensor(sample) for sample in samples]
         first = samples[0]
     if isinstance(first, Tensor) and first.dim() > 0 and len({tuple(sample.shape) for sample in samples}) > 1:
         padding = IGNORED if name in TARGETS else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -31,8 +33,11 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(map_tensors(function, value) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = {field.name: map_tensors(function, getattr(tree, field.name)) for field in dataclasses.fields(tree)}
-        return dataclasses.replace(tree, **fields)
+        instance: Any = tree
+        mapped = copy.copy(instance)  # not replace(): a field may be set by the class itself
+        for field in dataclasses.fields(tree):
+            object.__setattr__(mapped, field.name, map_tensors(function, getattr(tree, field.name)))
+        return mapped
     return tree
 
 
@@ -74,6 +79,8 @@ def pack(tree: Any, tensors: MutableMapping[str, Tensor], path: str = "") -> Any
     Lists and tuples stay apart, and so do the whole numbers that optimizers use as keys.
     """
     if isinstance(tree, Tensor):
+        while path in tensors:  # {"a.b": x} and {"a": {"b": y}} spell alike
+            path += "'"
         tensors[path] = tree.detach()
         return {"tensor": path}
     if isinstance(tree, Mapping):
@@ -83,8 +90,10 @@ def pack(tree: Any, tensors: MutableMapping[str, Tensor], path: str = "") -> Any
                 raise StateError(f"key (={key!r}) in {path or 'the state'} must be text or a whole number to be saved")
         return {"map": items}
     if isinstance(tree, list | tuple):
-        return {type(tree).__name__: [pack(value, tensors, f"{path}.{index}") for index, value in enumerate(tree)]}
-    if isinstance(tree, float) and tree in (float("inf"), float("-inf")):
+        return {
+            "tuple" if isinstance(tree, tuple) else "list": [pack(value, tensors, f"{path}.{index}") for index, value in enumerate(tree)]
+        }
+    if isinstance(tree, float) and not math.isfinite(tree):
         return {"float": str(tree)}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree

@@ -7,8 +7,10 @@ of the total (and a mask modulo 2^64 can hide them); floats that were never adde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from anyfit.errors import InputError, NonFinite
 __all__ = ["FINE", "WIDE", "Group", "Order", "Reply", "Update"]
 
 # The powers of two that one int64 limb counts in. One limb of 2^-40 serves weights (range 8 million, resolution 1e-12).
-# Six serve sums of raw data, whose scale nobody knows: range 2^85, resolution 2^-198, and 19 bits in each limb for carries
+# Seven serve sums of raw data, whose scale nobody knows: range 2^128, resolution 2^-198, and 19 bits in each limb for carries
 # (500,000 addends).
 FINE = (-40,)
-WIDE = (22, -22, -66, -110, -154, -198)
+WIDE = (66, 22, -22, -66, -110, -154, -198)
+LARGEST = 2**62  # of a limb: two of them add without wrapping
 
 
 def _encode(values: Tensor, exponents: tuple[int, ...]) -> Tensor:
@@ -51,7 +54,7 @@ class Group:
     """Sums that share one denominator. `fixed` tells whether they are limbs of fixed point already."""
 
     sums: Mapping[str, Tensor]
-    count: float
+    count: float | Fraction
     exponents: tuple[int, ...] = FINE
     fixed: bool = False
 
@@ -59,7 +62,9 @@ class Group:
         """The same sums in fixed point."""
         if self.fixed:
             return self
-        count = round(self.count * 2.0**20) / 2.0**20  # sums of sample weights must not depend on order either
+        if not math.isfinite(self.count):
+            raise NonFinite(f"the count (={self.count}) of an update is not finite; look at the sample weights")
+        count = Fraction(round(self.count * 2**20), 2**20)  # sums of sample weights must not depend on order either
         return Group({name: _encode(value, self.exponents) for name, value in self.sums.items()}, count, self.exponents, True)
 
     def decoded(self) -> dict[str, Tensor]:
@@ -78,6 +83,8 @@ class Group:
                 shapes = f"{tuple(sums[name].shape[1:])} and {tuple(value.shape[1:])}"
                 raise InputError(f"{name} has the shapes {shapes} in two updates; all workers must run the same task")
             sums[name] = sums[name] + value if name in sums else value
+            if sums[name].numel() and int(sums[name].abs().max()) >= LARGEST:
+                raise NonFinite(f"the total of {name} passes what fixed point can hold; clip the updates or lower the learning rate")
         return Group(sums, left.count + right.count, self.exponents, True)
 
 
@@ -110,7 +117,7 @@ class Update:
 
     def count(self, group: str) -> float:
         """The denominator of a group; zero where it is missing."""
-        return self.groups[group].count if group in self.groups else 0.0
+        return float(self.groups[group].count) if group in self.groups else 0.0
 
     def sums(self, group: str) -> dict[str, Tensor]:
         """The totals of a group as float64."""

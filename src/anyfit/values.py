@@ -54,8 +54,12 @@ def parse(data: bytes | str, what: str = "JSON") -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if math.isfinite(number) else refuse(text)
+
     try:
-        return json.loads(data, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(data, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{what} is not strict JSON: {error}") from error
 
@@ -68,11 +72,12 @@ def digest(value: Any) -> str:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -85,7 +90,8 @@ def atomic(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder. What was there before is untouched."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, fill: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -144,7 +150,8 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     if hint is None or hint is type(None):
         return value in (None, "none", "null"), None
     if origin is Literal:
-        return value in arguments, value
+        named = {str(choice): choice for choice in arguments}
+        return (True, value) if value in arguments else (value in named, named.get(value) if isinstance(value, str) else None)
     if origin in (Union, types.UnionType):
         for option in sorted(arguments, key=lambda option: option is str):  # str last: it takes any text
             found, result = _fit(value, option)
@@ -167,7 +174,10 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     if origin is dict or hint is dict:
         if isinstance(value, str):
             value = parse(value, "a dict given as text")
-        return isinstance(value, Mapping), value
+        if not isinstance(value, Mapping):
+            return False, None
+        fitted = {key: _fit(item, arguments[1] if arguments else Any) for key, item in value.items()}
+        return all(found for found, _ in fitted.values()), {key: item for key, (_, item) in fitted.items()}
     return (isinstance(value, hint), value) if isinstance(hint, type) else (True, value)
 
 
@@ -180,7 +190,10 @@ def _number(value: Any, hint: type[int] | type[float]) -> tuple[bool, Any]:
         return False, None
     if hint is int:
         return isinstance(number, int), number
-    return isinstance(number, int | float) and math.isfinite(number), float(number) if isinstance(number, int | float) else None
+    try:
+        return isinstance(number, int | float) and math.isfinite(number), float(number) if isinstance(number, int | float) else None
+    except OverflowError:
+        return False, None
 
 
 def _sequence(value: Any, kind: type, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
@@ -191,8 +204,13 @@ def _sequence(value: Any, kind: type, arguments: tuple[Any, ...]) -> tuple[bool,
             value = [part for part in value.split(",") if part]
     if not isinstance(value, list | tuple):
         return False, None
-    hint = arguments[0] if arguments else Any
-    parts = [_fit(part, hint) for part in value]
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:  # tuple[int, str]: one annotation for each
+        if len(arguments) != len(value):
+            return False, None
+        hints = list(arguments)
+    else:
+        hints = [arguments[0] if arguments else Any] * len(value)
+    parts = [_fit(part, hint) for part, hint in zip(value, hints, strict=True)]
     return all(found for found, _ in parts), kind(part for _, part in parts)
 
 
@@ -246,6 +264,8 @@ class Plan:
         for name in ("min_delta", "seed", "workers", "checkpoint_every_s"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} (={getattr(self, name)}) must not be negative")
+        if self.seed >= 2**64:
+            raise InputError(f"seed (={self.seed}) must be below 2^64")
         if self.clip is not None and self.clip <= 0:
             raise InputError(f"clip (={self.clip}) must be above 0; clip=None switches it off")
 
