@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import random
+import re
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
+from torch.utils.data import Dataset, IterableDataset
 
 import anyfit
+import anyfit.schedule
 from anyfit import Plan, Schema, Step, Task
-from anyfit.data import make_batches
-from anyfit.engine import Trainer, make_trainer, predict, train
-from anyfit.errors import InputError, Lost, NonFinite, TaskError
+from anyfit.data import make_batches, uniform
+from anyfit.engine import Losses, Stepped, Trainer, evaluate, load_model, make_trainer, predict, train
+from anyfit.errors import DataError, InputError, Lost, NonFinite, TaskError
 from anyfit.machine import seed_all
-from anyfit.state import Position
+from anyfit.state import Position, State
+from anyfit.task import evaluating
 
 CPU = torch.device("cpu")
 
@@ -87,6 +96,65 @@ def test_accumulation_counts_tokens_not_batches() -> None:
     assert wrong.abs().max() > 1e-4, "the control: a mean of means must differ"
 
 
+def test_labels_that_are_all_ignored_in_one_batch_spoil_neither_weights_nor_the_logged_loss() -> None:
+    x, y = points(32)
+    y = torch.where(torch.arange(32) % 16 < 11, -100, y)
+    plan = Plan(batch_size=2, accumulate=8, dtype="float64")
+    trainer, batches = made(Net(), (x, y), plan)
+    assert any((batch[1] == -100).all() for batch in batches.window(Position())), "else nothing is tested"
+    one, whole = made(Net(), (x, y), plan.updated(batch_size=16, accumulate=1))
+    losses = Losses()
+    for event, expected in zip(train(trainer, batches, 6), train(one, whole, 6), strict=True):
+        assert event.loss == pytest.approx(float(expected.loss), rel=1e-12) and int(event.count) == int(expected.count)
+        losses.events.append(event)
+    assert losses.read() is not None
+    assert torch.allclose(weights(trainer), weights(one), atol=1e-13, rtol=0)
+
+
+class Weighted(Net):
+    """Sample weights: the count is their sum, which may be below one."""
+
+    def step(self, model: nn.Module, batch: Any) -> Step:
+        x, y = batch
+        weight = x[:, 0].abs() / 50
+        each = cross_entropy(model(x), y, reduction="none")
+        return Step((each * weight).sum() / weight.sum(), weight.sum(), logs={"twice": 2 * each.detach() @ weight / weight.sum()})
+
+
+def test_counts_may_be_sums_of_sample_weights() -> None:
+    many, batches = made(Weighted(), points(), Plan(batch_size=4, accumulate=3, dtype="float64"))
+    one, whole = made(Weighted(), points(), Plan(batch_size=12, dtype="float64"))
+    for event, expected in zip(train(many, batches, 8), train(one, whole, 8), strict=True):
+        assert 0 < float(event.count) < 1 and float(event.count) == pytest.approx(float(expected.count), rel=1e-12)
+        assert float(event.loss) == pytest.approx(float(expected.loss), rel=1e-12)
+        assert event.logs is not None and float(event.logs["twice"]) == pytest.approx(2 * float(event.loss), rel=1e-12)
+    assert torch.allclose(weights(many), weights(one), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_are_divided_then_corrected_then_clipped(accumulate: int) -> None:
+    """A correction sees the mean gradient and its rate; the norm that is clipped is that of what it leaves."""
+    seen: list[tuple[float, list[Tensor]]] = []
+
+    def correct(gradients: Sequence[Tensor], lr: float) -> None:
+        seen.append((lr, [gradient.clone() for gradient in gradients]))
+        for gradient in gradients:
+            gradient.mul_(1000)
+
+    x, y = points(24)
+    plan = Plan(batch_size=24 // accumulate, accumulate=accumulate, dtype="float64", clip=0.05)
+    trainer, batches = made(Net(lr=0.1), (x, y), plan, correct=correct)
+    before = weights(trainer)
+    cross_entropy(trainer.model(x), y).backward()
+    exact = [parameter.grad.clone() for parameter in trainer.model.parameters() if parameter.grad is not None]
+    trainer.forget()
+    for _ in train(trainer, batches, 1):
+        pass
+    ((lr, found),) = seen
+    assert lr == 0.1 and all(torch.allclose(a, b, atol=1e-14, rtol=0) for a, b in zip(found, exact, strict=True))
+    assert float((weights(trainer) - before).norm()) == pytest.approx(0.1 * 0.05, rel=1e-4)
+
+
 def test_the_logged_loss_of_a_window_is_weighted() -> None:
     x, y = points(10)
     trainer, batches = made(Net(), (x, y), Plan(batch_size=4, accumulate=3, dtype="float64"))
@@ -138,6 +206,83 @@ class Normed(Net):
         return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
 
 
+class Group:
+    """Workers in threads, each with its slice of every step; sums go over all of them."""
+
+    alone = False
+
+    def __init__(self, slices: Sequence[slice]) -> None:
+        self.slices, self.given = slices, {}
+        self.meet = threading.Barrier(len(slices), timeout=20)
+        self.local = threading.local()
+
+    def share(self, step: int, size: int) -> slice:
+        return self.slices[self.local.rank]
+
+    def reduce(self, gradients: Sequence[Tensor], count: Any) -> Any:
+        self.given[self.local.rank] = ([gradient.clone() for gradient in gradients], count)
+        self.meet.wait()
+        everyone = [self.given[rank] for rank in range(len(self.slices))]
+        self.meet.wait()
+        for index, gradient in enumerate(gradients):
+            gradient.copy_(sum(theirs[index] for theirs, _ in everyone))
+        return sum(count for _, count in everyone)
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+    def run(self, task: Task, data: Any, plan: Plan, steps: int) -> list[Trainer]:
+        def work(rank: int) -> Trainer:
+            self.local.rank = rank
+            trainer, batches = trainers[rank]
+            try:
+                for _ in train(trainer, batches, steps):
+                    pass
+            except BaseException:
+                self.meet.abort()
+                raise
+            return trainer
+
+        trainers = [made(task, data, plan, workers=self) for _ in self.slices]
+        with ThreadPoolExecutor(len(self.slices)) as pool:
+            futures = [pool.submit(work, rank) for rank in range(len(self.slices))]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return [future.result() for future in futures]
+
+
+# 64 rows in windows of 24: the last window of an epoch has 16 rows, of which the second worker gets none in the second case
+@pytest.mark.parametrize("slices", [(slice(0, 5), slice(5, 24)), (slice(0, 16), slice(16, 24)), (slice(0, 1), slice(1, 2), slice(2, 24))])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_unequal_workers_take_the_steps_of_one(slices: Sequence[slice], accumulate: int) -> None:
+    plan = Plan(batch_size=24 // accumulate, accumulate=accumulate, dtype="float64", clip=0.5)
+    alone = run(Net(), points(64), plan, 7)
+    for worker in Group(slices).run(Net(), points(64), plan, 7):
+        assert torch.allclose(weights(worker), weights(alone), atol=1e-12, rtol=0)
+
+
+class Counting(Net):
+    """Counts its own steps, before the reduction that may fail."""
+
+    def train_step(self, trainer: Trainer, window: Sequence[Any]) -> Step | None:
+        if "steps" not in trainer.extras:
+            trainer.extras["steps"] = Counter()
+        trainer.extras["steps"].count += 1
+        return super().train_step(trainer, window)
+
+
+def test_a_lost_worker_undoes_what_the_step_did_to_extras() -> None:
+    assert run(Counting(), points(), Plan(batch_size=10), 4, workers=Flaky({2, 3})).extras["steps"].count == 4
+
+
+def test_a_worker_lost_between_two_optimizers_leaves_neither_ahead() -> None:
+    """The first optimizer has stepped when the second one's reduction fails; the step is tried again as a whole."""
+    plan = Plan(batch_size=10, dtype="float64")
+    calm, shaken = (run(Two(), points(), plan, 4, workers=Flaky(losses)) for losses in (set(), {2, 7}))
+    assert torch.equal(weights(calm), weights(shaken))
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_lost_worker_leads_to_the_same_step_again(accumulate: int) -> None:
     plan = Plan(batch_size=10, accumulate=accumulate, dtype="float64")
@@ -151,19 +296,102 @@ def test_a_lost_worker_leads_to_the_same_step_again(accumulate: int) -> None:
     assert torch.allclose(weights(calm), weights(alone), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("sgd", [True, False])
-@pytest.mark.parametrize("stop", range(1, 8))
-def test_a_snapshot_goes_on_to_the_bit_from_every_step(stop: int, sgd: bool) -> None:
-    task, plan = Net(sgd=sgd, dropout=0.5), Plan(batch_size=20, seed=3)
-    whole = run(task, points(), plan, 8)
-    first, batches = made(task, points(), plan)
-    states = [first.snapshot() for _ in train(first, batches, stop)]
-    second, batches = made(task, points(), plan)
-    second.restore(states[-1])
-    for _ in train(second, batches, 8):
+class Pictures(Net):
+    """Convolutions, whose moments have strides; buffers; a schedule; and numbers drawn from every generator that a step may use."""
+
+    def build_model(self, schema: Schema) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 25, 3)
+        )
+
+    def build_schedule(self, optimizer: Any, total_steps: int) -> anyfit.Schedule:
+        return anyfit.Schedule(torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5))
+
+    def step(self, model: nn.Module, batch: Any) -> Step:
+        step = super().step(model, batch)
+        return Step(step.loss * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand())), step.count)
+
+
+def pictures() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(30, 2, 5, 5, generator=generator), torch.randint(0, 3, (30,), generator=generator)
+
+
+class Rows(Dataset[tuple[Tensor, ...]]):
+    """The same rows one by one."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    return a.position == b.position and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def goes_on_to_the_bit(task: Task, data: Any, plan: Plan, stop: int, steps: int, folder: Path) -> tuple[Trainer, State]:
+    """Stop, save, load in new objects that were seeded otherwise, go on; compare with a fit that was never stopped."""
+    whole = run(task, data, plan, steps)
+    first, batches = made(task, data, plan)
+    for _ in train(first, batches, stop):
         pass
-    assert second.position == whole.position
-    assert torch.equal(weights(second), weights(whole))
+    first.snapshot().save(folder / "state")
+    assert not same(first, whole)
+    second, batches = made(task, data, plan)
+    seed_all(99)
+    state = State.load(folder / "state")
+    second.restore(state)
+    for _ in train(second, batches, steps):
+        pass
+    assert same(second, whole) and second.learning_rate() == whole.learning_rate()
+    return second, state
+
+
+@pytest.mark.parametrize("sgd", [True, False], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_a_snapshot_goes_on_to_the_bit_from_every_step(stop: int, channels_last: bool, sgd: bool, tmp_path: Path) -> None:
+    """Two epochs of four steps, the last of them short."""
+    plan = Plan(batch_size=8, seed=3, channels_last=channels_last)
+    goes_on_to_the_bit(Pictures(sgd=sgd, lr=0.01), pictures(), plan, stop, 8, tmp_path)
+
+
+class Flipped(Pictures):
+    """Changes its batches by the numbers it is handed."""
+
+    def augment(self, batch: Any, uniform: Any) -> Any:
+        return torch.where(uniform(1, 1, 1) < 0.5, batch[0], batch[0].flip(3)), batch[1]
+
+
+class FlippedByTorch(Pictures):
+    """Changes its batches as torchvision's transforms do: by torch's own generator."""
+
+    def augment(self, batch: Any, uniform: Any) -> Any:
+        return torch.where(torch.rand(len(batch[0]), 1, 1, 1) < 0.5, batch[0], batch[0].flip(3)), batch[1]
+
+
+@pytest.mark.parametrize("task", [Flipped(), FlippedByTorch()], ids=lambda task: type(task).__name__)
+@pytest.mark.parametrize("rows", [tuple, Rows], ids=["tensors", "data set"])
+@pytest.mark.parametrize("stop", [1, 6])
+def test_a_snapshot_goes_on_to_the_bit_with_augmentation(stop: int, rows: Any, task: Task, tmp_path: Path) -> None:
+    goes_on_to_the_bit(task, rows(pictures()), Plan(batch_size=8, seed=3), stop, 8, tmp_path)
+
+
+def test_the_consumer_may_stop_between_any_two_steps_and_go_on() -> None:
+    task, plan = Net(dropout=0.5), Plan(batch_size=20)
+    trainer, batches = made(task, points(), plan)
+    seen = []
+    for total in (1, 2, 5, 5, 9):
+        seen += [(event.epoch, event.offset, event.ends_epoch, event.position) for event in train(trainer, batches, total)]
+    places = [(epoch, offset) for epoch in range(3) for offset in range(4)][:10]
+    assert seen == [(*at, at[1] == 3, Position(n + 1, *places[n + 1])) for n, at in enumerate(places[:9])]
+    assert same(trainer, run(task, points(), plan, 9))
 
 
 def test_a_snapshot_is_a_copy_and_so_is_what_is_restored() -> None:
@@ -178,20 +406,112 @@ def test_a_snapshot_is_a_copy_and_so_is_what_is_restored() -> None:
     assert torch.equal(state.optimizers["main"]["state"][0]["exp_avg"], moments)
 
 
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class Gan(Task):
+    """Two networks with an optimizer each, the second one trained at every other step, as a counter in extras says."""
+
+    logs: bool = False
+
+    def build_model(self, schema: Schema) -> nn.Module:
+        return nn.ModuleDict({"critic": nn.Linear(4, 1), "maker": nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2))})
+
+    def build_optimizer(self, model: nn.Module) -> dict[str, Any]:  # type: ignore[override]
+        return {"critic": anyfit.adamw(model["critic"], lr=0.05), "maker": torch.optim.SGD(model["maker"].parameters(), 0.1, 0.9)}
+
+    def build_schedule(self, optimizer: Any, total_steps: int) -> Any:
+        return {"maker": anyfit.schedule.cosine(optimizer["maker"], total_steps)}
+
+    def train_step(self, trainer: Trainer, window: Sequence[Any]) -> None:
+        if "turns" not in trainer.extras:
+            trainer.extras["turns"] = Counter()
+        turns, (real, _), size = trainer.extras["turns"], window[0], len(window[0][0])
+        critic, maker = trainer.model["critic"], trainer.model["maker"]
+        with torch.no_grad():
+            fake = maker(torch.randn(size, 2, dtype=real.dtype))
+        loss = softplus(-critic(real)).mean() + softplus(critic(fake)).mean()
+        trainer.backward(Step(loss, size, logs={"critic_loss": loss.detach()} if self.logs else None))
+        trainer.apply("critic")
+        if turns.count % 2:
+            loss = softplus(-critic(maker(torch.randn(size, 2, dtype=real.dtype)))).mean()
+            trainer.backward(Step(loss, size, logs={"maker_loss": loss.detach()} if self.logs else None))
+            trainer.apply("maker")
+        turns.count += 1
+
+
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_a_gan_goes_on_to_the_bit_with_both_optimizers_and_its_extras(stop: int, tmp_path: Path) -> None:
+    resumed, state = goes_on_to_the_bit(Gan(), points(), Plan(batch_size=16, seed=2), stop, 7, tmp_path)
+    assert set(state.optimizers) == {"critic", "maker"} and set(state.schedules) == {"maker"}
+    assert state.extras == {"turns": {"count": stop}}
+    assert resumed.extras["turns"].count == 7
+
+
+def test_logs_of_several_passes_need_not_have_one_name() -> None:
+    trainer, batches = made(Gan(logs=True), points(), Plan(batch_size=16))
+    logs = [dict(event.logs or {}) for event in train(trainer, batches, 2)]
+    assert [set(each) for each in logs] == [{"critic_loss"}, {"critic_loss", "maker_loss"}]
+    assert all(torch.isfinite(value) for each in logs for value in each.values())
+
+
+def test_an_apply_moves_its_own_optimizers_weights_only() -> None:
+    trainer, batches = made(Gan(), points(), Plan(batch_size=16))
+    before = trainer.snapshot().model
+    for _ in train(trainer, batches, 1):
+        pass
+    moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"critic.weight", "critic.bias"}
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda extras, counter: extras.__setitem__("c", counter),
+        lambda extras, counter: extras.setdefault("c", counter),
+        lambda extras, counter: extras.update(c=counter),
+    ],
+    ids=["set", "setdefault", "update"],
+)
+def test_extras_get_their_saved_state_whichever_way_they_come_in(put: Any) -> None:
+    first, _ = made(Net(), points(), Plan())
+    first.extras["c"] = saved = Counter()
+    saved.count = 5
+    second, _ = made(Net(), points(), Plan())
+    second.restore(first.snapshot())
+    assert second.snapshot().extras == {"c": {"count": 5}}, "one that nobody has asked for yet is kept"
+    put(second.extras, counter := Counter())
+    assert counter.count == 5
+    counter.count += 1
+    assert second.snapshot().extras == {"c": {"count": 6}}
+    with pytest.raises(TaskError, match=re.escape("extras['c'] (a object) needs state_dict and load_state_dict to be checkpointed")):
+        put(made(Net(), points(), Plan())[0].extras, object())
+
+
 class Frozen(Net):
+    """Frozen, though its optimizer was given every parameter."""
+
     def build_model(self, schema: Schema) -> nn.Module:
         model = super().build_model(schema)
         model[0].requires_grad_(False)
         return model
 
-    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return anyfit.adamw(model)
 
-
-def test_frozen_parameters_stay() -> None:
-    before = made(Frozen(), points(), Plan())[0].model[0].weight.clone()
-    trainer = run(Frozen(), points(), Plan(batch_size=10), 5)
-    assert torch.equal(trainer.model[0].weight, before)
+@pytest.mark.parametrize("sgd", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_frozen_parameters_stay(sgd: bool, accumulate: int) -> None:
+    before = made(Frozen(), points(), Plan())[0].model.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    after = run(Frozen(sgd=sgd), points(), Plan(batch_size=10, accumulate=accumulate), 5).model.state_dict()
+    assert [name for name in after if torch.equal(after[name], before[name])] == ["0.weight", "0.bias"]
 
 
 class Two(Net):
@@ -264,16 +584,37 @@ def test_an_own_loop_that_is_wrong_is_told_so(task: Task, message: str) -> None:
         run(task, points(), Plan(), 1)
 
 
-def test_nothing_leaks_to_the_consumer() -> None:
+def test_nothing_leaks_to_the_consumer(tmp_path: Path) -> None:
     """A yield inside no_grad or autocast would change the consumer's own code."""
 
     def clean() -> bool:
         return torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
     trainer, batches = made(Net(), points(), Plan(batch_size=10, precision="bf16"))
-    assert all(clean() for _ in train(trainer, batches, 5))
-    assert all(clean() for _ in predict(Net(), trainer.model, batches, trainer.autocast()))
-    assert trainer.model.training
+    inside: list[bool] = []
+
+    class Looks(Net):
+        def forward(self, model: nn.Module, batch: Any) -> Any:
+            inside.append(torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() == model.training)
+            return super().forward(model, batch)
+
+    trainer.task = Looks()
+    for _ in train(trainer, batches, 5):
+        assert clean()
+        assert "loss" in evaluate(Looks(), trainer.model, batches, trainer.autocast())
+        assert clean() and trainer.model.training
+    for _ in predict(Looks(), trainer.model, batches, trainer.autocast()):
+        assert clean() and trainer.model.training, "in evaluation mode only while it predicts"
+    assert inside and all(inside)
+    events: list[str] = []
+
+    def told(event: dict[str, Any]) -> None:
+        assert clean(), event
+        events.append(event["event"])
+
+    options = {"validation": 0.2, "test": 0.2, "best": True, "epochs": 2, "batch_size": 10, "precision": "bf16"}
+    anyfit.fit(Net(), points(), run=tmp_path / "r", on_event=told, **options)
+    assert {"start", "step", "evaluate", "stop", "checkpoint"} <= set(events)
 
     class Breaks(Net):
         def predict(self, model: nn.Module, batch: Any) -> Any:
@@ -330,6 +671,32 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_batch() -> None:
         anyfit.fit(Explodes(), points(40), batch_size=10, epochs=3)
 
 
+def test_the_first_of_several_bad_losses_is_named_and_good_ones_are_averaged_by_count() -> None:
+    def stepped(step: int, loss: float, count: Any) -> Stepped:
+        return Stepped(Position(step, 0, step), torch.tensor(loss), count, 0, step - 1, {"twice": torch.tensor(2 * loss)})
+
+    losses = Losses([stepped(1, 1.0, 1), stepped(2, 4.0, torch.tensor(3)), stepped(3, float("nan"), 0)])
+    assert losses.read() == (13 / 4, {"twice": pytest.approx(13 / 2)})
+    assert losses.read() is None, "each step is read once"
+    losses.events = [stepped(4, 1.0, 1), stepped(5, float("inf"), 2), stepped(6, float("nan"), 2)]
+    with pytest.raises(NonFinite, match=r"loss \(=inf\) is not finite at step 5 \(epoch 0, batch 4\); lower the learning rate"):
+        losses.read()
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_a_label_out_of_range_is_a_data_error(where: str) -> None:
+    x, y = points(40)
+    good, bad = (x, y), (x, torch.where(torch.arange(40) == 25, 7, y))
+    data, validation = (bad, good) if where == "train" else (good, bad)
+    with pytest.raises(DataError, match="a label does not fit the model's outputs"):
+        anyfit.fit(Net(), data, validation=validation, batch_size=10, epochs=1)
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(*points(40), strict=True)
+
+
 class Jitter(Net):
     def augment(self, batch: Any, uniform: Any) -> Any:
         return batch[0] + 0.1 * uniform(4), batch[1]
@@ -347,21 +714,41 @@ def test_augmentation_depends_on_position_alone() -> None:
     assert not torch.equal(whole[0][0], other[0][0])
 
 
-def test_uniform_is_uniform() -> None:
-    from anyfit.data import uniform
+def test_augmentation_is_not_skipped_in_silence() -> None:
+    """A stream has no positions that it could depend on: it runs, is refused, or the user is told."""
 
+    class Marked(Jitter):
+        def augment(self, batch: Any, uniform: Any) -> Any:
+            calls.append(batch)
+            return super().augment(batch, uniform)
+
+    calls: list[Any] = []
+    notices: list[str] = []
+    try:
+        anyfit.fit(Marked(), Endless(), steps=2, batch_size=10, on_event=lambda event: notices.append(event.get("text", "")))
+    except InputError as error:
+        notices.append(str(error))
+    assert calls or any("augment" in notice for notice in notices)
+
+
+def test_uniform_is_uniform() -> None:
     draw = uniform(1, 2, torch.arange(20_000))
     first, second = draw(3), draw(3)
     for values in (first, second):
         assert values.shape == (20_000, 3) and values.min() >= 0 and values.max() < 1
         assert abs(float(values.mean()) - 0.5) < 0.01 and abs(float(values.var()) - 1 / 12) < 0.002
-    joint = torch.corrcoef(torch.cat((first, second), 1).T) - torch.eye(6)
-    assert joint.abs().max() < 0.03
+        counts = torch.histc(values, 20, 0, 1)
+        assert (counts - 3000).abs().max() < 5 * 3000**0.5, "each twentieth holds its share"
+    other = uniform(1, 3, torch.arange(20_000))(3)
+    joint = torch.corrcoef(torch.cat((first, second, other), 1).T) - torch.eye(9)
+    assert joint.abs().max() < 0.03, "neither columns, calls nor epochs go together"
+    assert torch.corrcoef(torch.stack((first[1:, 0], first[:-1, 0])))[0, 1].abs() < 0.03, "nor neighbours"
+    assert draw().shape == (20_000,)
+    again = uniform(1, 2, torch.tensor([19_999, 3]))
+    assert torch.equal(again(3), first[[19_999, 3]]) and torch.equal(again(3), second[[19_999, 3]])
 
 
 def test_a_model_in_evaluation_mode_in_part_gets_that_back() -> None:
-    from anyfit.task import evaluating
-
     model = nn.Sequential(nn.Dropout(), nn.Dropout())
     model[1].eval()
     with evaluating(model):
@@ -370,8 +757,6 @@ def test_a_model_in_evaluation_mode_in_part_gets_that_back() -> None:
 
 
 def test_weights_that_do_not_fit_are_listed() -> None:
-    from anyfit.engine import load_model
-
     model = nn.Linear(2, 3)
     with pytest.raises(InputError, match=r"missing: bias; not in the model: other; weight: \(3, 5\) for \(3, 2\)"):
         load_model(model, {"weight": torch.zeros(3, 5), "other": torch.zeros(1)})

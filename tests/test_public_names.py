@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
 
 import anyfit
 
@@ -57,5 +62,16 @@ def test_a_verb_stays_a_function_when_the_module_of_its_name_is_imported() -> No
     assert run(script) == "function function function function"
 
 
+def test_type_checkers_see_the_names_that_resolve() -> None:
+    blocks = [node for node in ast.parse(Path(anyfit.__file__).read_text()).body if isinstance(node, ast.If)]
+    imported = {
+        alias.name: node.module for block in blocks for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert sorted(imported) == NAMES
+    for name, module in imported.items():
+        assert getattr(import_module(module), name) is getattr(anyfit, name)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    assert not hasattr(anyfit, "fitt")
+    with pytest.raises(AttributeError, match="module 'anyfit' has no attribute 'fitt'"):
+        _ = anyfit.fitt

@@ -6,6 +6,7 @@ Nothing is yielded inside a context that changes process state (no_grad, autocas
 from __future__ import annotations
 
 import contextlib
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -99,7 +100,7 @@ class Stepped:
 Correct = Callable[[Sequence[Tensor], float], None]
 
 
-class Extras(dict[str, Stateful]):
+class Extras(UserDict[str, Stateful]):
     """What a task keeps beside model and optimizers. One that is added after a resume gets its saved state as it comes in."""
 
     def __init__(self) -> None:
@@ -169,6 +170,8 @@ class Trainer:
             self._scale(self._trained, self._share_of(self._counts[0]))
             self._summed = True
         self._counts.append(step.count)
+        if self._summed and isinstance(step.count, Tensor) and step.count.device.type == "cpu" and not float(step.count) > 0:
+            return  # nothing counts, so nothing is added; the mean over nothing (0/0) must not spoil the other batches
         loss = step.loss * self._share_of(step.count) if self._summed else step.loss
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
@@ -334,7 +337,7 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
 def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
     """One transaction: on Lost, random numbers and buffers go back and the same step is tried again from untouched weights."""
     workers = trainer.workers
-    undo = None if workers.alone else (random_state(trainer.device), [clone(b) for b in trainer.model.buffers()])
+    undo = None if workers.alone else _undo(trainer)
     while True:
         position = trainer.position
         share = workers.share(position.step, getattr(batches, "step_size", 0))
@@ -351,24 +354,44 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
                     task.train_step(trainer, window)
         except Lost:
             assert undo is not None
-            trainer.forget()
-            set_random_state(undo[0], trainer.device)
-            with torch.no_grad():
-                for buffer, before in zip(trainer.model.buffers(), undo[1], strict=True):
-                    buffer.copy_(before)
+            undo()
             continue
         except IndexError as error:
-            if "out of bounds" not in str(error):
-                raise
-            raise DataError(
-                f"a label does not fit the model's outputs ({error}) at step {position.step + 1}; labels run from 0 to the number of classes - 1, "
-                "and -100 is left out"
-            ) from error
+            raise _explained(error) from error
         break
     if trainer._counts:
         raise TaskError(f"train_step of {type(task).__name__} ended after backward() without apply(); call trainer.apply()")
     steps, trainer.steps = trainer.steps, []
+    if not steps and not workers.alone:  # a share of no samples
+        return torch.zeros((), device=trainer.device), 0, None
     return _joined(steps)
+
+
+def _undo(trainer: Trainer) -> Callable[[], None]:
+    """What takes back a step that was not committed. An own inner loop may have committed a part, so all is kept for it."""
+    if type(trainer.task).train_step is not Task.train_step:
+        state = trainer.snapshot()
+        return lambda: trainer.restore(state)
+    random, buffers, extras = random_state(trainer.device), [clone(b) for b in trainer.model.buffers()], trainer.extras.states()
+
+    def undo() -> None:
+        trainer.forget()
+        set_random_state(random, trainer.device)
+        trainer.extras.load(extras)
+        with torch.no_grad():
+            for buffer, before in zip(trainer.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    return undo
+
+
+def _explained(error: IndexError) -> Exception:
+    """Torch's word for a label that the model has no output for, in ours."""
+    if "out of bounds" not in str(error):
+        return error
+    return DataError(
+        f"a label does not fit the model's outputs ({error}); labels run from 0 to the number of classes - 1, and -100 is left out"
+    )
 
 
 def _joined(steps: Sequence[Step]) -> tuple[Tensor, Count, Mapping[str, Tensor] | None]:
@@ -378,13 +401,18 @@ def _joined(steps: Sequence[Step]) -> tuple[Tensor, Count, Mapping[str, Tensor] 
     if len(steps) == 1:
         return steps[0].loss.detach(), steps[0].count, steps[0].logs
     count: Count = sum((step.count for step in steps[1:]), start=steps[0].count)
-    divisor = count.clamp(min=1) if isinstance(count, Tensor) else count
-    loss = sum((step.loss.detach() * step.count for step in steps[1:]), start=steps[0].loss.detach() * steps[0].count) / divisor
-    names = {name for step in steps for name in step.logs or {}}
-    logs = {
-        name: torch.stack([step.logs[name].detach() * step.count for step in steps if step.logs]).sum() / divisor for name in sorted(names)
-    }
+    loss = _mean([(step.loss, step.count) for step in steps])
+    names = sorted({name for step in steps for name in step.logs or {}})
+    logs = {name: _mean([(step.logs[name], step.count) for step in steps if step.logs and name in step.logs]) for name in names}
     return loss, count, logs or None
+
+
+def _mean(parts: Sequence[tuple[Tensor, Count]]) -> Tensor:
+    """The mean of means by their counts, those over nothing left out."""
+    values = wide(torch.stack([value.detach() for value, _ in parts]))
+    counts = torch.stack([wide(torch.as_tensor(count, device=values.device)) for _, count in parts])
+    total = counts.sum()
+    return torch.where(counts > 0, values * counts, 0.0).sum() / torch.where(total > 0, total, 1.0)
 
 
 @dataclass(slots=True)
@@ -416,7 +444,11 @@ class Losses:
         names = {name for event in events for name in event.logs or {}}
         logs = {}
         for name in sorted(names):
-            chosen = [(event.logs[name], count) for event, count in zip(events, parts[1], strict=True) if event.logs and name in event.logs]
+            chosen = [
+                (event.logs[name], count)
+                for event, count in zip(events, parts[1], strict=True)
+                if event.logs and name in event.logs and count > 0
+            ]
             weight = sum(count for _, count in chosen)
             logs[name] = sum(float(value) * count for value, count in chosen) / weight if weight else 0.0
         return mean, logs
@@ -426,7 +458,10 @@ class Losses:
 def _quietly(model: nn.Module, autocast: contextlib.AbstractContextManager[Any] | None) -> Iterator[None]:
     """Without gradients, in evaluation mode, in the given precision."""
     with autocast or contextlib.nullcontext(), torch.no_grad(), evaluating(model):
-        yield
+        try:
+            yield
+        except IndexError as error:
+            raise _explained(error) from error
 
 
 def evaluate(

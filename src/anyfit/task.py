@@ -368,7 +368,7 @@ def _default_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor
             outputs.reshape(target.shape), target.to(outputs.dtype), weight=kept, reduction="sum"
         )
         return each / count.clamp(min=1), count
-    if target.dim() == 1:
+    if target.dim() == 1 and target.device.type == "cpu":  # one call; where nothing counts it is 0/0, which the engine sees on a CPU
         return nn.functional.cross_entropy(outputs, target, ignore_index=IGNORED), count
     total = nn.functional.cross_entropy(outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
     return total / count.clamp(min=1), count

@@ -194,11 +194,16 @@ class TensorBatches(_Indexed):
     def window(self, position: Position, share: slice | None = None) -> Sequence[Any]:
         if share is not None:
             start, stop = self._bounds(position.offset, share)
-            return self._gather(position.epoch, start, stop)
+            return self._augment_all(self._gather(position.epoch, start, stop), position.epoch, start)
         chunk = (position.epoch, position.offset // self._chunk_steps)
         if chunk != self._chunk:
             self._chunk, self._views = chunk, self._load(*chunk)
-        return self._views[position.offset % self._chunk_steps]
+        window = self._views[position.offset % self._chunk_steps]
+        return window if self._augment is None else self._augment_all(window, position.epoch, position.offset * self.step_size)
+
+    def _augment_all(self, window: list[Any], epoch: int, start: int) -> list[Any]:
+        """Window by window and never ahead: what draws from a global generator is then resumed exactly."""
+        return [self._augmented(batch, epoch, start + index * self.batch_size) for index, batch in enumerate(window)]
 
     def _load(self, epoch: int, chunk: int) -> list[list[Any]]:
         """The windows of many steps from one gather."""
@@ -214,10 +219,7 @@ class TensorBatches(_Indexed):
             return []
         indices = self.order(epoch)[start:stop]
         gathered = self._finish(map_tensors(lambda tensor: tensor.index_select(0, indices.to(tensor.device)), self._tensors))
-        if self._augment is None:
-            return _split(gathered, self.batch_size)
-        batches = _split(gathered, self.batch_size)
-        return [self._augmented(batch, epoch, start + index * self.batch_size) for index, batch in enumerate(batches)]
+        return _split(gathered, self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         assert self.rows is not None
@@ -351,6 +353,10 @@ def make_batches(
 ) -> Batches:
     """Batches of whatever `build_dataset` or a source gave: tensors, a Dataset, a DataLoader."""
     batches: Batches
+    if augment is not None and isinstance(rows, DataLoader | IterableDataset):
+        raise InputError(
+            "augment needs samples with a position, which a stream or a DataLoader with its own sampler has not; augment in the data set"
+        )
     if isinstance(rows, TensorDataset):
         rows = rows.tensors
     if isinstance(rows, tuple | Mapping):
