@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import re
 import struct
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
 from anyfit import Plan, Schema, Source
 from anyfit.data import (
     LoaderBatches,
     RowBatches,
     TensorBatches,
+    by_column,
     by_fraction,
     fingerprint,
     fitted,
@@ -35,7 +39,8 @@ from anyfit.data import (
     tensor_schema,
     to_tensors,
 )
-from anyfit.data.sources import pixels_of
+from anyfit.data.hashes import pixels_of
+from anyfit.data.sources import image_column
 from anyfit.errors import DataError, InputError
 from anyfit.schema import Column
 from anyfit.state import Position
@@ -84,6 +89,74 @@ def test_a_broken_idx_file_is_named(idx_folder: Path) -> None:
         Source(idx_folder).read()
 
 
+def test_a_packed_idx_file_that_was_damaged_is_a_data_error_wherever_it_was(idx_folder: Path) -> None:
+    file = idx_folder / "train-images-idx3-ubyte.gz"
+    whole = file.read_bytes()
+    for place in range(10, len(whole)):  # the first ten bytes hold a name and a time, which nothing reads
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=re.escape(str(file))):
+            Source(idx_folder).read()
+
+
+def test_two_sets_of_one_split_or_none_to_train_on_are_refused(idx_folder: Path) -> None:
+    packed = idx_folder / "train-images-idx3-ubyte.gz"
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    (idx_folder / "train-labels-idx1-ubyte").write_bytes(gzip.decompress((idx_folder / "train-labels-idx1-ubyte.gz").read_bytes()))
+    with pytest.raises(DataError, match="has two sets of train images; keep one"):
+        Source(idx_folder).read()
+    for file in idx_folder.glob("train-*"):
+        file.unlink()
+    with pytest.raises(DataError, match="to train on; give the folder of the four IDX files"):
+        Source(idx_folder).read()
+
+
+def test_the_digits_are_in_a_dependency() -> None:
+    table = Source("digits").read()["train"]
+    schema = infer_schema(table, "target")
+    schema = fitted(schema, statistics(table, schema))
+    pixels = pixels_of(table["image"])
+    assert pixels.shape == (1797, 1, 8, 8) and pixels.max() == 16 and schema["image"].type == "image"
+    assert schema["image"].mean == pytest.approx((pixels.mean(),)) and schema.classes == tuple("0123456789")
+
+
+def test_mnist_is_read_from_its_four_files(data_folder: Path) -> None:
+    parts = Source(data_folder / "mnist").read()
+    assert {split: pixels_of(rows["image"]).shape for split, rows in parts.items()} == {
+        "train": (60_000, 1, 28, 28),
+        "test": (10_000, 1, 28, 28),
+    }
+    assert sorted(set(parts["test"]["target"].to_pylist())) == list(range(10))
+    assert pixels_of(parts["train"]["image"]).mean() == pytest.approx(0.1307 * 255, abs=0.02), "the figure that everyone has"
+
+
+def test_adult_has_missing_values_and_no_question_marks(data_folder: Path) -> None:
+    parts = [Source(data_folder / f"adult/adult_{split}.csv.gz", target="income").read()["train"] for split in ("train", "test")]
+    assert [table.num_rows for table in parts] == [32_561, 16_281]
+    schema = infer_schema(parts[0], "income")
+    schema = fitted(schema, statistics(parts[0], schema))
+    assert parts[0]["workclass"].null_count == 1836 and parts[0]["age"].type == pa.int64()
+    assert not any("?" in word for column in schema.of_type("categorical") for word in column.categories or ())
+    assert schema.num_classes == 2
+    tensors = to_tensors(parts[1], schema)
+    assert tensors["continuous"].shape == (16_281, 6) and tensors["categorical"].shape == (16_281, 8)
+    assert int((tensors["categorical"][:, 0] == 0).sum()) == parts[1]["workclass"].null_count
+
+
+@pytest.mark.parametrize("kind", [tuple, lambda arrays: dict(zip("xy", arrays, strict=True))], ids=["tuple", "dict"])
+def test_arrays_become_tensors_whoever_owns_their_memory(kind: Any) -> None:
+    x, y = np.arange(6.0).reshape(3, 2), np.arange(3)
+    x.flags.writeable = False  # as pandas and jax hand them out
+    rows = Source(kind((x, y))).read()["train"]
+    first, second = rows.values() if isinstance(rows, dict) else rows
+    assert torch.equal(first, torch.tensor([[0.0, 1], [2, 3], [4, 5]], dtype=torch.float64)) and second.tolist() == [0, 1, 2]
+    assert not np.shares_memory(first.numpy(), x), "a tensor can be written to"
+    assert np.shares_memory(second.numpy(), y), "and nothing is copied without need"
+    strided = Source((np.arange(12.0).reshape(3, 4)[:, ::-2],)).read()["train"][0]
+    assert strided.tolist() == [[3, 1], [7, 5], [11, 9]]
+
+
 def test_csv_missing_values_types_and_compression(tmp_path: Path) -> None:
     text = "a,b,c\n1,x,2.5\n?,NA,\n3,y,nan\n"
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
@@ -118,9 +191,22 @@ def test_bad_files_are_refused_by_name(name: str, content: Any, message: str, tm
         Source(tmp_path / name).read()
 
 
-@pytest.mark.parametrize("data", [3, [], None, (np.zeros(3), np.zeros(4)), (np.zeros((0, 2)), np.zeros(0)), (np.array(["a"]),)])
-def test_what_is_no_source_is_refused(data: Any) -> None:
-    with pytest.raises(DataError):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (3, "data (a int) is no source; give a path, 'digits', a pyarrow table"),
+        ([], "data (a list) is no source"),
+        (None, "data (a NoneType) is no source"),
+        ((np.zeros(3), np.zeros(4)), "arrays have 3, 4 rows; they must agree"),
+        ((np.zeros((0, 2)), np.zeros(0)), "arrays have no rows"),
+        ((torch.tensor(1.0),), "data holds a single number"),
+        ((np.array(["a"]),), "data holds an array of <U1; arrays must be of numbers"),
+        (pa.table({"a": pa.array([], pa.int64())}), "data (='table') has no rows"),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_source_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
         Source(data).read()
 
 
@@ -137,13 +223,67 @@ def frame(rows: list[tuple[Any, ...]]) -> pa.Table:
 @given(FRAME, st.randoms())
 @settings(max_examples=40)
 def test_a_split_by_fraction_depends_on_each_row_alone(rows: list[tuple[Any, ...]], random: Any) -> None:
+    """Not on the order, on the other columns' order or on which other rows there are."""
     table = frame(rows)
     hashes = dict(zip(rows, row_hashes(table).tolist(), strict=True))
     assert len(set(hashes.values())) == len(rows)
-    shuffled = random.sample(rows, len(rows))
-    assert [hashes[row] for row in shuffled] == row_hashes(frame(shuffled)).tolist()
+    shuffled = random.sample(rows, len(rows))[: max(2, len(rows) // 2)]
+    assert [hashes[row] for row in shuffled] == row_hashes(frame(shuffled).select(["x", "word", "n"])).tolist()
     rest, part = by_fraction(table, 0.3)
     assert rest.num_rows >= 1 and part.num_rows >= 1 and rest.num_rows + part.num_rows == len(rows)
+    chosen = set(zip(*part.to_pydict().values(), strict=True))
+    for row in zip(*by_fraction(frame(shuffled), 0.3)[1].to_pydict().values(), strict=True):
+        assert row in chosen or len(shuffled) < 12, "a small part takes a row in any case"
+
+
+@pytest.mark.parametrize(
+    ("values", "distinct"),
+    [
+        (pa.array([2**60, 2**60 + 1, -1, None]), 4),
+        (pa.array([2**63, 2**63 + 1], pa.uint64()), 2),
+        (pa.array([0.0, -0.0, None, float("nan"), 0.5]), 3),
+        (pa.array([True, False, None]), 3),
+        (pa.array(["a", "b", None, ""]), 4),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), 2),
+        (image_column(np.linspace(0, 1, 4 * 36, dtype=np.float32).reshape(4, 1, 6, 6)), 4),
+        (image_column(-np.linspace(0, 1, 4 * 36).reshape(4, 1, 6, 6)), 4),
+    ],
+    ids=["large", "unsigned", "float", "bool", "text", "dictionary", "float image", "negative image"],
+)
+def test_rows_are_told_apart_whatever_their_type(values: Any, distinct: int) -> None:
+    hashes = row_hashes(pa.table({"v": values}))
+    assert len(set(hashes.tolist())) == distinct and hashes.dtype == np.uint64
+
+
+def test_a_column_tells_the_splits_and_is_dropped() -> None:
+    table = pa.table({"x": range(6), "fold": ["train", "Train", "val", "dev", "test", "train"]})
+    parts = by_column(table, "fold")
+    assert {split: part["x"].to_pylist() for split, part in parts.items()} == {"train": [0, 5, 1], "validation": [2, 3], "test": [4]}
+    assert all(part.column_names == ["x"] for part in parts.values())
+    with pytest.raises(DataError, match="split column 'fold' has no row that says train"):
+        by_column(table.slice(2, 3), "fold")
+    with pytest.raises(DataError, match="split column 'fold' holds 'fold1'"):
+        by_column(table.set_column(1, "fold", [["fold1"] * 6]), "fold")
+    with pytest.raises(DataError, match=re.escape("split (='fold') needs a table")):
+        read_splits(Source((np.zeros(4),), split="fold"), None, None, wants_validation=False)
+
+
+def test_splits_come_from_fractions_sources_or_where_they_are_wanted() -> None:
+    table, other = pa.table({"x": range(500)}), pa.table({"x": range(500, 510)})
+    read = read_splits(Source(table), 0.2, other, wants_validation=True)
+    assert read["test"].equals(other) and read["train"].num_rows + read["validation"].num_rows == 500
+    assert set(read_splits(Source(table), None, None, wants_validation=False)) == {"train"}
+    tenth = read_splits(Source(table), None, None, wants_validation=True)["validation"].num_rows
+    assert 25 <= tenth <= 80
+    for fraction, message in (
+        (1.0, "fraction (=1.0) of a split must be between 0 and 1"),
+        (0, "fraction (=0.0)"),
+        (True, "validation (=True)"),
+    ):
+        with pytest.raises(DataError, match=re.escape(message)):
+            read_splits(Source(table), fraction, None, wants_validation=False)
+    with pytest.raises(DataError, match=re.escape("group (='x') needs a table")):
+        read_splits(Source((np.zeros(9),), group="x"), 0.2, None, wants_validation=False)
 
 
 def test_fractions_are_met_and_groups_stay_together() -> None:
@@ -166,6 +306,26 @@ def test_splits_of_tensors_and_data_sets_go_by_index() -> None:
     rows = read_splits(Source(Lengths(100)), 0.2, None, wants_validation=False)
     assert len(rows["train"]) + len(rows["validation"]) == 100
     assert [len(rows["train"][index]) for index in range(5)] == rows["train"].lengths[:5]
+    with pytest.raises(DataError, match="a stream or a DataLoader with its own sampler cannot be split by fraction"):
+        read_splits(Source(DataLoader(Lengths(9))), 0.2, None, wants_validation=False)
+
+
+def test_a_part_of_a_data_set_keeps_what_the_data_set_says() -> None:
+    """Its lengths, its epochs, its own order among the rows it has, and its batched fetch."""
+    dataset = Ordered(40)
+    part = read_splits(Source(dataset), 0.25, None, wants_validation=False)["train"]
+    batches = make_batches(part, Plan(batch_size=len(part)), list, device=CPU)
+    for number in (0, 1):
+        (rows,) = batches.window(Position(0, number, 0))[0:1]
+        seen = [int(row[0]) for row in rows]
+        assert seen == sorted(seen, reverse=number == 1) and sorted(seen) == sorted(part.indices)
+    assert dataset.epochs == [0, 1] and len(dataset.fetched) == 2
+
+
+def test_a_part_of_a_data_set_can_go_to_a_process_that_is_spawned() -> None:
+    part = read_splits(Source(Ordered(40)), 0.25, None, wants_validation=False)["train"]
+    copied = pickle.loads(pickle.dumps(part))
+    assert [row.tolist() for row in copied.__getitems__([0, 2])] == [part[0].tolist(), part[2].tolist()]
 
 
 # Tables
@@ -209,6 +369,68 @@ def test_tensors_by_schema() -> None:
         to_tensors(new.drop_columns(["grade"]), schema)
 
 
+def test_a_category_is_the_same_word_in_every_table() -> None:
+    """Whether its other numbers are whole, have fractions or are missing as pandas has it."""
+    schema = Schema((Column("code", "categorical"),))
+    whole, broken = pa.table({"code": [1.0, 2.0, None]}), pa.table({"code": [1.0, 2.5, float("nan")]})
+    total = fitted(schema, statistics(whole, schema) + statistics(broken, schema))
+    assert total["code"].categories == ("1", "2", "2.5")
+    assert to_tensors(whole, total)["categorical"].tolist() == [[1], [2], [0]]
+    assert to_tensors(broken, total)["categorical"].tolist() == [[1], [3], [0]], "NaN is missing"
+    ints = pa.table({"code": [1, 2, 3]})
+    assert to_tensors(ints, total)["categorical"].tolist() == [[1], [2], [0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "kind"),
+    [
+        ([1, 2, 3], False, "continuous"),
+        (list(range(100)) * 2, True, "categorical"),
+        (list(range(101)) * 2, True, "continuous"),
+        ([0.5, 1.0], True, "continuous"),
+        ([True, False], False, "categorical"),
+        (["a", "b"], False, "categorical"),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), False, "categorical"),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), True, "categorical"),
+        ([f"sentence {n}" for n in range(2000)], False, "text"),
+        ([f"id {n}" for n in range(2000)], True, "categorical"),
+        (pa.nulls(3), False, "continuous"),
+    ],
+    ids=range(11),
+)
+def test_types_are_inferred_from_the_columns(values: Any, target: bool, kind: str) -> None:
+    schema = infer_schema(pa.table({"v": values}), "v" if target else None)
+    assert schema["v"].type == kind
+
+
+def test_a_large_whole_number_is_a_number() -> None:
+    """Above 2^53 float64 rounds, which no standardised feature can tell."""
+    table = pa.table({"id": [2**60, 2**60 + 2**20, 2**60 + 2**21]})
+    schema = fitted(infer_schema(table, None), statistics(table, infer_schema(table, None)))
+    assert to_tensors(table, schema)["continuous"].isfinite().all() and schema["id"].mean == pytest.approx(2.0**60)
+
+
+def test_a_target_that_is_missing_is_left_out_as_a_class_and_refused_as_a_number() -> None:
+    schema = Schema((Column("y", "continuous"),), "y")
+    with pytest.raises(DataError, match="target 'y' is missing in 2 rows; drop them or fill them"):
+        to_tensors(pa.table({"y": [1.0, None, float("nan")]}), schema)
+    with pytest.raises(DataError, match=re.escape("target (='y') is not a column; the table has: x")):
+        to_tensors(pa.table({"x": [1.0]}), schema)
+    with pytest.raises(DataError, match="column 'y' is continuous but holds string that is no number"):
+        to_tensors(pa.table({"y": ["a"]}), schema)
+
+
+@given(st.lists(st.integers(-(10**9), 10**9).map(lambda n: n / 1000), min_size=2, max_size=50))
+def test_standardised_columns_have_mean_0_and_deviation_1(values: list[float]) -> None:
+    table = pa.table({"x": values})
+    schema = fitted(infer_schema(table, None), statistics(table, infer_schema(table, None)))
+    x = to_tensors(table, schema)["continuous"]
+    assert abs(float(x.mean())) < 1e-6
+    spread = np.std(values)
+    if spread > 1e-6 * max(map(abs, values)):  # below that, sums of squares in float64 cannot tell a spread from rounding
+        assert float(x.std(correction=0)) == pytest.approx(1, rel=1e-6) and schema["x"].std == pytest.approx(spread, rel=1e-6)
+
+
 @given(FRAME, st.integers(1, 5))
 @settings(max_examples=40)
 def test_statistics_of_any_parts_add_up_to_those_of_all(rows: list[tuple[Any, ...]], parts: int) -> None:
@@ -246,8 +468,6 @@ def test_odd_columns() -> None:
 def test_image_statistics_are_per_channel() -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 255, (5000, 3, 4, 4), dtype=np.uint8)
-    from anyfit.data.sources import image_column
-
     table = pa.table({"image": image_column(images), "target": np.arange(5000) % 3})
     schema = infer_schema(table, "target")
     column = fitted(schema, statistics(table, schema))["image"]
@@ -270,7 +490,29 @@ def test_fingerprints_tell_rows_apart() -> None:
     x = torch.arange(6.0)
     assert fingerprint((x, x)) == fingerprint((x.clone(), x.clone())) != fingerprint((x, x + 1))
     assert fingerprint(TABLE) != fingerprint(TABLE.slice(1))
+    assert fingerprint(TABLE.slice(1)) != fingerprint(TABLE.slice(0, 3)) and fingerprint(TABLE) != fingerprint(
+        TABLE.rename_columns(list("abcd"))
+    )
     assert fingerprint(Lengths(5)) == fingerprint(Lengths(5)) != fingerprint(Lengths(6))
+
+
+def test_fingerprints_see_the_words_of_a_dictionary() -> None:
+    words = [pa.table({"w": pa.array(column).dictionary_encode()}) for column in (["a", "b"], ["c", "d"], ["a", "b"])]
+    assert fingerprint(words[0]) == fingerprint(words[2]) != fingerprint(words[1])
+
+
+def test_fingerprints_do_not_see_how_rows_lie_in_chunks() -> None:
+    assert fingerprint(pa.concat_tables([TABLE.slice(0, 2), TABLE.slice(2)])) == fingerprint(TABLE)
+
+
+def test_a_fingerprint_draws_no_number_and_leaves_a_data_set_that_moves_alone() -> None:
+    class Moving(Lengths):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.rand(2)
+
+    before = torch.get_rng_state()
+    assert fingerprint(Moving(5)) == fingerprint(Moving(5))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 # Batches
@@ -288,6 +530,25 @@ class Lengths(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.full((self.lengths[index],), index)
+
+
+class Ordered(Lengths):
+    """Forwards and backwards in turn, fetched a batch at a time."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def order(self, epoch: int) -> list[int]:
+        assert self.epochs[-1] == epoch, "it is told of an epoch before it is asked for its order"
+        return list(range(len(self)))[:: -1 if epoch else 1]
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        self.fetched.append(indices)
+        return [self[index] for index in indices]
 
 
 def epoch(batches: Any, number: int) -> list[torch.Tensor]:
@@ -308,6 +569,54 @@ def test_an_epoch_sees_each_row_once_in_windows_of_the_right_size(rows: int, bat
         if drop:
             assert sum(len(batch[0]) for batch in window) == batches.step_size
     assert torch.cat([batch[0] for batch in batches]).tolist() == list(range(rows))
+
+
+def jittered(batch: Any, uniform: Any) -> Any:
+    """The samples, and a number each that says which place in the epoch they had."""
+    return batch[0], uniform()
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 3), st.lists(st.integers(0, 30), max_size=3), st.booleans())
+@settings(max_examples=60)
+def test_shares_of_a_step_are_its_rows_in_order(rows: int, batch_size: int, accumulate: int, cuts: list[int], tensors: bool) -> None:
+    """However it is cut, also into nothing; and what augments them does not depend on the cut."""
+    data = (torch.arange(rows),)
+    plan = Plan(batch_size=min(batch_size, rows), accumulate=accumulate)
+    batches = make_batches(data if tensors else Whole(rows), plan, Whole.collate, device=CPU, augment=jittered)
+    bounds = [0, *sorted(cuts), batches.step_size]
+    for offset in range(batches.steps_per_epoch):
+        whole = batches.window(Position(0, 1, offset))
+        parts = [
+            batch for first, last in pairwise(bounds) for batch in batches.window(Position(0, 1, offset), slice(first, max(first, last)))
+        ]
+        for index in range(2):
+            assert torch.cat([batch[index] for batch in whole]).tolist() == torch.cat([batch[index] for batch in parts]).tolist()
+
+
+class Whole(Dataset[torch.Tensor]):
+    """The numbers from 0 up."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(index)
+
+    @staticmethod
+    def collate(samples: list[torch.Tensor]) -> Any:
+        return (torch.stack(samples),)
+
+
+def test_tensors_and_a_data_set_of_the_same_rows_give_the_same_batches() -> None:
+    plan = Plan(batch_size=7, accumulate=2, seed=3)
+    for data in (Whole(50), TensorDataset(torch.arange(50)), DataLoader(Whole(50)).dataset):
+        batches = make_batches(data, plan, Whole.collate, device=CPU)
+        for number in (0, 1):
+            expected = epoch(make_batches((torch.arange(50),), plan, list, device=CPU), number)
+            assert [batch[0].tolist() for batch in epoch(batches, number)] == [batch[0].tolist() for batch in expected]
 
 
 def test_chunks_and_shares_show_the_same_rows() -> None:
@@ -356,19 +665,35 @@ def test_buckets_hold_like_lengths_and_see_each_row_once(workers: int) -> None:
         make_batches(TensorDataset(torch.zeros(8)), Plan(batch_size=2, bucket=True), collate, device=CPU)
 
 
-def test_a_data_set_may_have_an_order_and_a_batched_fetch() -> None:
-    class Ordered(Lengths):
-        def order(self, epoch: int) -> list[int]:
-            return list(range(len(self)))[:: -1 if epoch else 1]
-
-        def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-            self.fetched.append(indices)
-            return [self[index] for index in indices]
-
+def test_a_data_set_may_have_an_order_epochs_and_a_batched_fetch() -> None:
     dataset = Ordered(6)
     batches = make_batches(dataset, Plan(batch_size=4), collate, device=CPU)
     epoch(batches, 0), epoch(batches, 1)
     assert dataset.fetched == [[0, 1, 2, 3], [4, 5], [5, 4, 3, 2], [1, 0]]
+    assert dataset.epochs == [0, 1], "once for each epoch"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 9]], ids=["short", "long", "beyond"])
+def test_an_order_that_is_not_of_the_data_sets_rows_is_refused(order: list[int]) -> None:
+    class Wrong(Lengths):
+        def order(self, epoch: int) -> list[int]:
+            return order
+
+    with pytest.raises(InputError, match="order"):
+        epoch(make_batches(Wrong(6), Plan(batch_size=2), collate, device=CPU), 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_each_row_once_as_they_stand(workers: int) -> None:
+    batches = make_batches(Ordered(21), Plan(batch_size=4, workers=workers), collate, device=CPU, shuffle=False)
+    assert [int(row[0]) for batch in batches for row in batch] == list(range(21))
+    larger = make_batches((torch.arange(3),), Plan(batch_size=64), list, device=CPU, shuffle=False)
+    assert [batch[0].tolist() for batch in larger] == [[0, 1, 2]], "a batch may be larger than what is evaluated"
+
+
+def test_a_batch_size_of_none_is_the_whole_data() -> None:
+    batches = make_batches((torch.arange(9),), Plan(batch_size=None), list, device=CPU)
+    assert batches.steps_per_epoch == 1 and sorted(batches.window(Position())[0][0].tolist()) == list(range(9))
 
 
 def test_loaders_are_taken_apart_or_run_as_they_are() -> None:
@@ -381,11 +706,45 @@ def test_loaders_are_taken_apart_or_run_as_they_are() -> None:
         assert taken_apart(loader) is None
         batches = make_batches(loader, Plan(), list, device=CPU)
         assert isinstance(batches, LoaderBatches)
-        batches.window(Position(0, 0, 0))
-        with pytest.raises(InputError, match="cannot seek"):
+        first = batches.window(Position(0, 0, 0)) + batches.window(Position(0, 0, 1))
+        assert [len(batch[0]) for batch in first] == [2, 2]
+        with pytest.raises(InputError, match="cannot seek to step 3 of an epoch; give its data set instead"):
             batches.window(Position(0, 0, 3))
+        assert len(batches.window(Position(2, 1, 0))) == 1, "an epoch may begin anew"
         with pytest.raises(InputError, match="cannot be shared"):
             batches.window(Position(0, 0, 1), slice(0, 1))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, drop_last=False)),
+        lambda data: DataLoader(data, batch_size=None),
+        lambda data: DataLoader(data, batch_size=2, sampler=Backwards(data)),
+    ],
+    ids=["batch sampler", "no batches", "own sampler"],
+)
+def test_only_a_loader_whose_order_is_torchs_own_is_taken_apart(loader: Any) -> None:
+    made = loader(Whole(6))
+    apart = taken_apart(made)
+    if apart is None:
+        rows = torch.cat([part.reshape(-1) for part in make_batches(made, Plan(), list, device=CPU)]).tolist()
+        assert sorted(rows) == list(range(6)), "and else it runs as it is"
+    else:
+        assert apart[0] is made.dataset and apart[1]["batch_size"] == 2 and apart[3], "a plain batch sampler over random rows says the same"
+
+
+class Backwards(Sampler[int]):
+    def __init__(self, data: Whole) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.data))[::-1])
+
+
+def test_a_loaders_collate_is_kept() -> None:
+    apart = taken_apart(DataLoader(Lengths(9), batch_size=3, collate_fn=collate))
+    assert apart is not None and apart[2] is collate
 
 
 def test_floats_take_the_plans_type_and_images_its_memory_format() -> None:

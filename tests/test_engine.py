@@ -111,6 +111,16 @@ def test_labels_that_are_all_ignored_in_one_batch_spoil_neither_weights_nor_the_
     assert torch.allclose(weights(trainer), weights(one), atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize("sgd", [True, False], ids=["sgd", "adamw"])
+def test_a_window_in_which_nothing_counts_is_the_same_step_however_it_is_cut(sgd: bool) -> None:
+    """Momentum and weight decay move the weights, or they do not; the number of batches must not decide."""
+    x, y = points(64)
+    many, one = Plan(batch_size=4, accumulate=4, dtype="float64"), Plan(batch_size=16, dtype="float64")
+    y[made(Net(), (x, y), one)[1].order(0)[32:48]] = -100
+    ends = [weights(run(Net(sgd=sgd), (x, y), plan, 4)) for plan in (many, one)]
+    assert torch.allclose(*ends, atol=1e-12, rtol=0) and ends[0].isfinite().all()
+
+
 class Weighted(Net):
     """Sample weights: the count is their sum, which may be below one."""
 
@@ -273,7 +283,8 @@ class Counting(Net):
 
 
 def test_a_lost_worker_undoes_what_the_step_did_to_extras() -> None:
-    assert run(Counting(), points(), Plan(batch_size=10), 4, workers=Flaky({2, 3})).extras["steps"].count == 4
+    for losses in ({2, 3}, {1, 4}):  # at a later step, and at the one that made the extra
+        assert run(Counting(), points(), Plan(batch_size=10), 4, workers=Flaky(losses)).extras["steps"].count == 4
 
 
 def test_a_worker_lost_between_two_optimizers_leaves_neither_ahead() -> None:
@@ -681,6 +692,18 @@ def test_the_first_of_several_bad_losses_is_named_and_good_ones_are_averaged_by_
     losses.events = [stepped(4, 1.0, 1), stepped(5, float("inf"), 2), stepped(6, float("nan"), 2)]
     with pytest.raises(NonFinite, match=r"loss \(=inf\) is not finite at step 5 \(epoch 0, batch 4\); lower the learning rate"):
         losses.read()
+
+
+def test_weights_that_explode_in_the_last_step_are_found_by_the_evaluation() -> None:
+    """The training loss was finite before the step; metrics of NaN must not hide what happened."""
+    x, y = points(40)
+    with pytest.raises(NonFinite, match=r"validation loss \(=.*\) is not finite after step 1; lower the learning rate"):
+        anyfit.fit(Binary(lr=1e38), (x, y.clamp(max=1)), validation=(x, y.clamp(max=1)), batch_size=None, epochs=1)
+
+
+class Binary(Net):
+    def build_model(self, schema: Schema) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
 @pytest.mark.parametrize("where", ["train", "validation"])

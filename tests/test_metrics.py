@@ -139,6 +139,14 @@ def test_a_metric_of_nothing_is_none_and_a_constant_target_has_no_r2() -> None:
     assert value(AUROC(), torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) is None, "one class only"
 
 
+def test_outputs_that_are_not_finite_are_measured_all_the_same() -> None:
+    """The loss says that something is wrong; a metric that fails first would hide it."""
+    logits = torch.full((6, 2), float("nan"))
+    logits[:2] = torch.tensor([[1.0, float("inf")], [-float("inf"), 0.0]])
+    found = values(CLASSIFICATION, [logits], [torch.arange(6) % 2])
+    assert found.keys() == CLASSIFICATION.keys() and found["log_loss"] is None
+
+
 def test_outputs_and_targets_that_do_not_belong_together_are_named() -> None:
     for metric, outputs, targets in ((Accuracy(), (4, 3), (5,)), (RMSE(), (4, 3), (4,))):
         with pytest.raises(InputError, match=re.escape(f"outputs {outputs} and targets {targets} do not belong together")):

@@ -364,6 +364,20 @@ def test_sequences_are_padded_so_that_no_padding_counts(kind: Any, make: Any) ->
     assert labels.tolist() == [[0, 1, -100], [0, 1, 2]]
 
 
+def test_only_the_batchs_own_last_item_is_padded_as_labels() -> None:
+    """A pair of inputs within a batch is no sample and its target; -100 would be looked up in an embedding."""
+    inputs = [(torch.arange(n), torch.arange(n)) for n in (2, 3)]
+    for samples in ([(pair, 1) for pair in inputs], [{"pair": pair, "target": 1} for pair in inputs], [(list(pair), 1) for pair in inputs]):
+        assert [leaf.tolist() for leaf in leaves(Given().collate(samples))] == [[[0, 1, 0], [0, 1, 2]]] * 2 + [[1, 1]]
+
+
+@pytest.mark.parametrize("samples", [[[], [1, 2]], [[1, 2], []]])
+def test_an_empty_sequence_of_whole_numbers_stays_one(samples: list[list[int]]) -> None:
+    """An empty text must not turn the token numbers of its batch into floats."""
+    batch = Given().collate(samples)
+    assert batch.tolist() == [[*sample, *[0] * (2 - len(sample))] for sample in samples] and not batch.is_floating_point()
+
+
 def test_a_pair_of_numbers_is_a_sample_and_its_target() -> None:
     x, y = Given().collate([(0.5, 1), (1.5, 0)])
     assert x.tolist() == [0.5, 1.5] and y.tolist() == [1, 0] and not y.is_floating_point()

@@ -138,6 +138,7 @@ def test_text_becomes_what_the_annotation_says(value: Any, hint: Any, expected: 
         pytest.param(10**400, float, "a finite number", id="larger than a float"),
         (None, float, "a finite number"),
         ("3", Literal[1, 2], "one of 1, 2"),
+        (True, Literal[1, 2], "one of 1, 2"),
         (3, str, "text"),
         (3, File, "a path to a file"),
         ([1, 2.5], list[int], "list"),

@@ -129,7 +129,13 @@ class _Indexed(Batches):
 
     def _make_order(self, epoch: int) -> Tensor:
         if self._given_order is not None:
-            return torch.as_tensor(self._given_order(epoch), dtype=torch.int64)
+            assert self.rows is not None
+            given = torch.as_tensor(self._given_order(epoch), dtype=torch.int64)
+            if given.shape != (self.rows,) or int(given.min()) < 0 or int(given.max()) >= self.rows:
+                raise InputError(
+                    f"order({epoch}) of the data set must give {self.rows} indices from 0 to {self.rows - 1}; it gave {tuple(given.shape)}"
+                )
+            return given
         assert self.rows is not None
         if not self._shuffle:
             return torch.arange(self.rows)
@@ -373,9 +379,12 @@ def make_batches(
 
 def taken_apart(loader: DataLoader[Any]) -> tuple[Any, dict[str, Any], Callable[[Any], Any], bool] | None:
     """A user's DataLoader as data set, plan fields, collate and whether it shuffles; None where its sampler is its own."""
-    plain = type(loader.sampler) in (RandomSampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
-    replaced = getattr(loader.sampler, "replacement", False) or getattr(loader.sampler, "_num_samples", None) is not None
+    batches = loader.batch_sampler  # the loader's own sampler says nothing where a batch sampler was given
+    sampler = getattr(batches, "sampler", None)
+    plain = type(sampler) in (RandomSampler, SequentialSampler) and type(batches) is BatchSampler
+    replaced = getattr(sampler, "replacement", False) or getattr(sampler, "_num_samples", None) is not None
     if not plain or replaced or isinstance(loader.dataset, IterableDataset):
         return None
-    fields = {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "workers": loader.num_workers}
-    return loader.dataset, fields, loader.collate_fn, type(loader.sampler) is RandomSampler
+    assert isinstance(batches, BatchSampler)
+    fields = {"batch_size": batches.batch_size, "drop_last": batches.drop_last, "workers": loader.num_workers}
+    return loader.dataset, fields, loader.collate_fn, type(sampler) is RandomSampler

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from anyfit.data.hashes import row_hashes
 from anyfit.errors import DataError
 from anyfit.schema import ColumnType
 from anyfit.tree import leaves, map_tensors
@@ -87,6 +89,9 @@ class Source:
     def _checked(self, rows: Rows, name: str) -> Rows:
         if not isinstance(rows, pa.Table):
             return rows
+        encoded = [entry for entry in rows.schema if pa.types.is_dictionary(entry.type)]
+        for entry in encoded:  # a column's values, not how they are stored
+            rows = rows.set_column(rows.column_names.index(entry.name), entry.name, rows[entry.name].cast(entry.type.value_type))
         if rows.num_rows == 0:
             raise DataError(f"data (={name!r}) has no rows; give a source with at least one")
         twice = sorted({column for column in rows.column_names if rows.column_names.count(column) > 1})
@@ -151,15 +156,6 @@ def image_column(pixels: np.ndarray[Any, Any]) -> pa.Array:
     return pa.ExtensionArray.from_storage(kind, storage)
 
 
-def pixels_of(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    """(N, C, H, W) of an image column, without a copy where it is one chunk. (to_numpy_ndarray refuses some valid strides.)"""
-    array = column.combine_chunks()
-    if array.null_count:
-        raise DataError(f"{array.null_count} images are missing; drop those rows")
-    values = array.storage.flatten().to_numpy(zero_copy_only=True)
-    return np.asarray(values.reshape(len(array), *column.type.shape))
-
-
 def _read_idx(path: Path) -> np.ndarray[Any, Any]:
     """The IDX format: two zero bytes, the type, the number of dimensions, their sizes (big-endian), the values."""
     try:
@@ -170,7 +166,7 @@ def _read_idx(path: Path) -> np.ndarray[Any, Any]:
         if zero != 0 or kind != 8:
             raise ValueError("it does not start as an IDX file of unsigned bytes does")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(f"data (={str(path)!r}) cannot be read as IDX: {error}") from error
 
 
@@ -207,7 +203,8 @@ def _tensors(arrays: Iterable[Any] | Mapping[str, Any]) -> Any:
 
     def convert(value: Any) -> Tensor:
         try:
-            tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+            # torch has no read-only tensors: what cannot be written to is copied
+            tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.require(value, requirements=["C", "W"]))
         except TypeError as error:
             raise DataError(f"data holds an array of {getattr(value, 'dtype', type(value).__name__)}; arrays must be of numbers") from error
         if tensor.dim() == 0:
@@ -243,12 +240,7 @@ def fingerprint(rows: Rows) -> str:
     hasher = hashlib.sha256()
     if isinstance(rows, pa.Table):
         hasher.update(str(rows.schema.names).encode())
-        for column in rows.columns:
-            for chunk in column.chunks:
-                hasher.update(f"{chunk.type}{chunk.offset}{len(chunk)}".encode())
-                for buffer in chunk.buffers():
-                    if buffer is not None:
-                        hasher.update(buffer)
+        hasher.update(row_hashes(rows).data)  # of the values: neither chunks nor dictionaries are seen
         return hasher.hexdigest()
     if isinstance(rows, DataLoader):
         rows = rows.dataset

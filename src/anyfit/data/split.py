@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,49 +14,12 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from anyfit.data.sources import Source, pixels_of
+from anyfit.data.hashes import UInt64, mix, row_hashes
+from anyfit.data.sources import Source
 from anyfit.errors import DataError
 from anyfit.tree import first_tensor, map_tensors
 
 __all__ = ["by_column", "by_fraction", "read_splits", "row_hashes", "take_fraction"]
-
-UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
-
-
-def _mix(values: UInt64) -> UInt64:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _column_hashes(column: pa.ChunkedArray) -> UInt64:
-    """(rows,) hashes of one column's values."""
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        pixels = pixels_of(column).reshape(len(column), -1)
-        weights = _mix(np.arange(pixels.shape[1], dtype=np.uint64)) | np.uint64(1)
-        parts = [
-            (block.astype(np.uint64) * weights).sum(1, dtype=np.uint64) for block in np.array_split(pixels, max(1, len(pixels) // 4096))
-        ]
-        return _mix(np.concatenate(parts))
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
-        numbers = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
-        return _mix(np.where(numbers == 0, 0.0, numbers).view(np.uint64))  # -0.0 is 0.0
-    encoded: Any = column.cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
-    words = [b"\0" if word is None else str(word).encode() for word in encoded.dictionary.to_pylist()]
-    hashes = np.array([int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "big") for word in words], dtype=np.uint64)
-    result: UInt64 = hashes[encoded.indices.to_numpy()]
-    return result
-
-
-def row_hashes(table: pa.Table, columns: Sequence[str] | None = None) -> UInt64:
-    """(rows,) hash of each row's values in `columns`; equal rows have equal hashes, wherever and in whatever order they stand."""
-    total = np.zeros(table.num_rows, dtype=np.uint64)
-    for name in sorted(columns or table.column_names):
-        salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-        total = total + _mix(_column_hashes(table[name]) ^ np.uint64(salt))
-    return _mix(total)
 
 
 def chosen(hashes: UInt64, fraction: float, salt: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -65,7 +29,7 @@ def chosen(hashes: UInt64, fraction: float, salt: str) -> np.ndarray[Any, np.dty
     if len(np.unique(hashes)) < 2:
         raise DataError(f"the rows cannot be split by fraction (={fraction}): they are all equal, or of one group; give separate files")
     key = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "big")
-    order = _mix(hashes ^ np.uint64(key))
+    order = mix(hashes ^ np.uint64(key))
     mask: np.ndarray[Any, np.dtype[np.bool_]] = order < np.uint64(int(fraction * 2**64))
     if not mask.any():
         mask = order == order.min()
@@ -96,22 +60,35 @@ def by_column(table: pa.Table, column: str) -> dict[str, pa.Table]:
 
 
 class Part:
-    """Some rows of a torch Dataset, with what it says about lengths and epochs."""
+    """Some rows of a torch Dataset, with what it says about lengths, order and epochs."""
 
     def __init__(self, dataset: Any, indices: np.ndarray[Any, Any]) -> None:
         self.dataset, self.indices = dataset, indices.tolist()
         if hasattr(dataset, "lengths"):
             self.lengths = [int(dataset.lengths[index]) for index in self.indices]
-        if hasattr(dataset, "set_epoch"):
-            self.set_epoch = dataset.set_epoch
-        if hasattr(dataset, "__getitems__"):
-            self.__getitems__ = lambda indices: dataset.__getitems__([self.indices[index] for index in indices])
+
+    def __getattr__(self, name: str) -> Any:
+        """`order` and `set_epoch` exist where the data set has them. (No closures: a part goes to worker processes.)"""
+        if name not in ("order", "set_epoch"):
+            raise AttributeError(name)
+        found = getattr(self.dataset, name)
+        return found if name == "set_epoch" else partial(self._order, found)
+
+    def _order(self, order: Callable[[int], Sequence[int]], epoch: int) -> list[int]:
+        places = {index: place for place, index in enumerate(self.indices)}
+        return [places[index] for index in map(int, order(epoch)) if index in places]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.indices[index]]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """A batched fetch where the data set has one."""
+        if hasattr(self.dataset, "__getitems__"):
+            return list(self.dataset.__getitems__([self.indices[index] for index in indices]))
+        return [self[index] for index in indices]
 
 
 def take_fraction(rows: Any, fraction: float, *, group: str | None, salt: str) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from anyfit.data.sources import pixels_of
+from anyfit.data.hashes import pixels_of
 from anyfit.errors import DataError
 from anyfit.schema import Column, ColumnType, Schema
 from anyfit.update import WIDE, Update
@@ -44,6 +44,8 @@ def infer_schema(table: pa.Table, target: str | None, ignore: Sequence[str] = ()
 
 
 def _infer_type(column: pa.ChunkedArray, is_target: bool) -> ColumnType:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     kind = column.type
     if isinstance(kind, pa.FixedShapeTensorType):
         return "image"
@@ -60,7 +62,7 @@ def _infer_type(column: pa.ChunkedArray, is_target: bool) -> ColumnType:
 def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(N,) float64 with NaN for missing."""
     try:
-        numbers = pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
+        numbers = pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"column {name!r} is continuous but holds {column.type} that is no number: {error}") from error
     if np.isinf(numbers).any():
@@ -70,7 +72,10 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.
 
 def _words(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Categories as text; 1.0 and 1 are one category."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
         whole = pc.all(pc.or_kleene(pc.equal(pc.floor(column), column), pc.is_null(column))).as_py()
         if whole:
             column = column.cast(pa.int64())
