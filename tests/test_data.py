@@ -245,14 +245,28 @@ def test_a_split_by_fraction_depends_on_each_row_alone(rows: list[tuple[Any, ...
         (pa.array([True, False, None]), 3),
         (pa.array(["a", "b", None, ""]), 4),
         (pa.array(["a", "b", "a"]).dictionary_encode(), 2),
+        (pa.array([[1, 2], [1], [], None]), 4),
+        (pa.array([b"\xff\xd8", b"\xff", b""]), 3),
+        (pa.array([{"bytes": b"\xff", "path": "a"}, {"bytes": b"\xff", "path": "b"}]), 2),
+        (pa.array([1_600_000_000, 1_600_000_001, None], pa.timestamp("s")), 3),
         (image_column(np.linspace(0, 1, 4 * 36, dtype=np.float32).reshape(4, 1, 6, 6)), 4),
         (image_column(-np.linspace(0, 1, 4 * 36).reshape(4, 1, 6, 6)), 4),
     ],
-    ids=["large", "unsigned", "float", "bool", "text", "dictionary", "float image", "negative image"],
+    ids=["large", "unsigned", "float", "bool", "text", "dictionary", "list", "bytes", "struct", "time", "float image", "negative image"],
 )
 def test_rows_are_told_apart_whatever_their_type(values: Any, distinct: int) -> None:
-    hashes = row_hashes(pa.table({"v": values}))
+    table = pa.table({"v": values})
+    hashes = row_hashes(table)
     assert len(set(hashes.tolist())) == distinct and hashes.dtype == np.uint64
+    assert fingerprint(table) != fingerprint(table.slice(1))
+
+
+@pytest.mark.parametrize("values", [[[1, 2], [3]], [b"\xff\xd8", b""], [{"a": 1}, {"a": 2}]], ids=["list", "bytes", "struct"])
+def test_a_column_that_has_no_semantic_type_is_named_and_may_be_left_out(values: list[Any]) -> None:
+    table = pa.table({"v": values, "x": [1.0, 2.0]})
+    with pytest.raises(DataError, match=r"column 'v' .*ignore"):
+        statistics(table, infer_schema(table, None))
+    assert [column.name for column in infer_schema(table, None, ["v"]).columns] == ["x"]
 
 
 def test_a_column_tells_the_splits_and_is_dropped() -> None:

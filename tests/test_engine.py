@@ -117,8 +117,12 @@ def test_a_window_in_which_nothing_counts_is_the_same_step_however_it_is_cut(sgd
     x, y = points(64)
     many, one = Plan(batch_size=4, accumulate=4, dtype="float64"), Plan(batch_size=16, dtype="float64")
     y[made(Net(), (x, y), one)[1].order(0)[32:48]] = -100
-    ends = [weights(run(Net(sgd=sgd), (x, y), plan, 4)) for plan in (many, one)]
-    assert torch.allclose(*ends, atol=1e-12, rtol=0) and ends[0].isfinite().all()
+    alone = weights(run(Net(sgd=sgd), (x, y), one, 4))
+    assert torch.allclose(weights(run(Net(sgd=sgd), (x, y), many, 4)), alone, atol=1e-12, rtol=0)
+    for worker in Group([slice(0, 5), slice(5, 16)]).run(Net(sgd=sgd), (x, y), one, 4):
+        assert torch.allclose(weights(worker), alone, atol=1e-12, rtol=0)
+    for plan in (many, one):
+        assert weights(run(Net(sgd=sgd), (x, y), plan.updated(dtype="float32", precision="fp16"), 4)).isfinite().all()
 
 
 class Weighted(Net):

@@ -171,7 +171,11 @@ class Trainer:
             self._summed = True
         self._counts.append(step.count)
         if self._summed and isinstance(step.count, Tensor) and step.count.device.type == "cpu" and not float(step.count) > 0:
-            return  # nothing counts, so nothing is added; the mean over nothing (0/0) must not spoil the other batches
+            # nothing counts, so zero is added; the mean over nothing (0/0) must not spoil the other batches
+            for parameter in self._trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            return
         loss = step.loss * self._share_of(step.count) if self._summed else step.loss
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
@@ -371,12 +375,20 @@ def _undo(trainer: Trainer) -> Callable[[], None]:
     """What takes back a step that was not committed. An own inner loop may have committed a part, so all is kept for it."""
     if type(trainer.task).train_step is not Task.train_step:
         state = trainer.snapshot()
-        return lambda: trainer.restore(state)
+
+        def restore() -> None:
+            for name in set(trainer.extras) - set(state.extras):
+                del trainer.extras[name]
+            trainer.restore(state)
+
+        return restore
     random, buffers, extras = random_state(trainer.device), [clone(b) for b in trainer.model.buffers()], trainer.extras.states()
 
     def undo() -> None:
         trainer.forget()
         set_random_state(random, trainer.device)
+        for name in set(trainer.extras) - set(extras):  # made by the step that is taken back
+            del trainer.extras[name]
         trainer.extras.load(extras)
         with torch.no_grad():
             for buffer, before in zip(trainer.model.buffers(), buffers, strict=True):
@@ -399,7 +411,8 @@ def _joined(steps: Sequence[Step]) -> tuple[Tensor, Count, Mapping[str, Tensor] 
     if not steps:
         raise TaskError("train_step called no trainer.backward(); pass it the Step of at least one batch")
     if len(steps) == 1:
-        return steps[0].loss.detach(), steps[0].count, steps[0].logs
+        logs = steps[0].logs  # detached: a graph must not live until the log line is due
+        return steps[0].loss.detach(), steps[0].count, logs and {name: value.detach() for name, value in logs.items()}
     count: Count = sum((step.count for step in steps[1:]), start=steps[0].count)
     loss = _mean([(step.loss, step.count) for step in steps])
     names = sorted({name for step in steps for name in step.logs or {}})

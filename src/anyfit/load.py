@@ -25,7 +25,8 @@ def load(name: str, values: Mapping[str, Any] | None = None) -> Task:
         task = task_class()
     except TypeError as error:  # a field without default
         try:
-            task = task_class(**_nested(values or {}))
+            fields = task_class.__dataclass_fields__  # type: ignore[attr-defined]
+            task = task_class(**{field: value for field, value in _nested(values or {}).items() if field in fields})
         except TypeError:
             raise TaskError(f"task {name!r} cannot be made: {error}; give its fields with --set field=value") from error
     return task.replaced(**_nested(values or {}))

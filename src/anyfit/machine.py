@@ -102,11 +102,10 @@ def steady_memory() -> Iterator[None]:
         yield
         return
     trim_threshold, mmap_threshold = -1, -3
-    library.mallopt(mmap_threshold, 1 << 30)
+    library.mallopt(mmap_threshold, 32 << 20)  # the most that every glibc takes; a refusal would freeze it where it stands
     library.mallopt(trim_threshold, (1 << 31) - 1)
     try:
         yield
     finally:  # to where glibc's own adjustment ends at most, and give back what is free
-        library.mallopt(mmap_threshold, 32 << 20)
         library.mallopt(trim_threshold, 64 << 20)
         library.malloc_trim(0)

@@ -135,7 +135,7 @@ class AUROC(Metric):
             scores_BC, positives_BC = scores_BC[:, 1:], targets_B[:, None] == 1
         else:
             positives_BC = targets_B[:, None] == torch.arange(classes, device=targets_B.device)
-        bin_BC = (scores_BC * self.bins).long().clamp(max=self.bins - 1)
+        bin_BC = (scores_BC * self.bins).nan_to_num().long().clamp(max=self.bins - 1)
         columns = scores_BC.shape[1]
         cell_BC = (torch.arange(columns, device=bin_BC.device) * 2 + positives_BC.long()) * self.bins + bin_BC
         return {"bins": torch.bincount(cell_BC.reshape(-1), minlength=columns * 2 * self.bins).reshape(columns, 2, self.bins)}
@@ -158,7 +158,7 @@ class CalibrationError(Metric):
     def measure(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         logits_BC, targets_B = _logits(outputs, targets)
         confidence_B, predicted_B = wide(logits_BC).softmax(1).max(1)
-        bin_B = (confidence_B * self.bins).long().clamp(max=self.bins - 1)
+        bin_B = (confidence_B * self.bins).nan_to_num().long().clamp(max=self.bins - 1)
         sums = confidence_B.new_zeros(3, self.bins)
         for row, values_B in enumerate((torch.ones_like(confidence_B), confidence_B, (predicted_B == targets_B).to(confidence_B.dtype))):
             sums[row].index_add_(0, bin_B, values_B)

@@ -76,6 +76,7 @@ class Folder:
             self._lock.close()
             raise BusyError(f"run (={str(path)!r}) is in use by another process; wait for it or give another folder") from error
         self._metrics: IO[bytes] | None = None
+        self._timings: IO[str] | None = None
 
     def record(self) -> dict[str, Any] | None:
         """What run.json says, if it is there."""
@@ -114,8 +115,11 @@ class Folder:
 
     def timing(self, event: Mapping[str, Any]) -> None:
         """Append a line to timings.jsonl."""
-        with contextlib.suppress(OSError), (self.path / "timings.jsonl").open("a") as file:  # not worth a run
-            file.write(json.dumps(event) + "\n")
+        with contextlib.suppress(OSError):  # not worth a run
+            if self._timings is None:
+                self._timings = (self.path / "timings.jsonl").open("a")
+            self._timings.write(json.dumps(event) + "\n")
+            self._timings.flush()
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` steps goes."""
@@ -153,10 +157,10 @@ class Folder:
 
     def close(self) -> None:
         """Let the folder go."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        self._lock.close()
+        for file in (self._metrics, self._timings, self._lock):
+            if file is not None:
+                file.close()
+        self._metrics = self._timings = None
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -374,23 +374,28 @@ def _default_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor
     return total / count.clamp(min=1), count
 
 
-def _collate(samples: list[Any], name: str = "") -> Any:
+def _collate(samples: list[Any], name: str = "", *, top: bool = True) -> Any:
     """Torch's default collate, nested, that pads sequences of different lengths; `name` tells labels from inputs."""
     first = samples[0]
     if isinstance(first, Mapping):
-        return {key: _collate([sample[key] for sample in samples], str(key)) for key in first}
+        return {key: _collate([sample[key] for sample in samples], str(key), top=False) for key in first}
     if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(_collate(list(parts), field) for field, parts in zip(first._fields, zip(*samples, strict=True), strict=True)))
+        return type(first)(
+            *(_collate(list(parts), field, top=False) for field, parts in zip(first._fields, zip(*samples, strict=True), strict=True))
+        )
     if isinstance(first, tuple) or (isinstance(first, list) and not all(isinstance(item, int | float) for item in first)):
-        names = [""] * (len(first) - 1) + [TARGETS[0] if len(first) > 1 else ""]
-        return tuple(_collate(list(parts), field) for field, parts in zip(names, zip(*samples, strict=True), strict=True))
+        names = [""] * (len(first) - 1) + [TARGETS[0] if top and len(first) > 1 else ""]
+        return tuple(_collate(list(parts), field, top=False) for field, parts in zip(names, zip(*samples, strict=True), strict=True))
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         fields = {
-            field.name: _collate([getattr(sample, field.name) for sample in samples], field.name) for field in dataclasses.fields(first)
+            field.name: _collate([getattr(sample, field.name) for sample in samples], field.name, top=False)
+            for field in dataclasses.fields(first)
         }
         return dataclasses.replace(first, **fields)
     if isinstance(first, list | np.ndarray):
-        samples = [torch.as_tensor(sample) for sample in samples]
+        filled = next((sample for sample in samples if len(sample)), first)
+        kind = torch.as_tensor(filled).dtype  # an empty list says nothing of its numbers
+        samples = [torch.as_tensor(sample, dtype=kind if not len(sample) else None) for sample in samples]
         first = samples[0]
     if isinstance(first, Tensor) and first.dim() > 0 and len({tuple(sample.shape) for sample in samples}) > 1:
         padding = IGNORED if name in TARGETS else 0

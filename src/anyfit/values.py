@@ -151,7 +151,9 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
         return value in (None, "none", "null"), None
     if origin is Literal:
         named = {str(choice): choice for choice in arguments}
-        return (True, value) if value in arguments else (value in named, named.get(value) if isinstance(value, str) else None)
+        if any(type(choice) is type(value) and choice == value for choice in arguments):
+            return True, value
+        return isinstance(value, str) and value in named, named.get(value) if isinstance(value, str) else None
     if origin in (Union, types.UnionType):
         for option in sorted(arguments, key=lambda option: option is str):  # str last: it takes any text
             found, result = _fit(value, option)

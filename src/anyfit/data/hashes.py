@@ -49,6 +49,8 @@ def _column_hashes(column: pa.ChunkedArray) -> UInt64:
     if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
         numbers = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
         return mix(np.where(numbers == 0, 0.0, numbers).view(np.uint64))  # -0.0 is 0.0
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        column = pa.chunked_array([pa.array([repr(value) for value in column.to_pylist()], pa.string())])
     encoded: Any = column.cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
     words = [b"\0" if word is None else str(word).encode() for word in encoded.dictionary.to_pylist()]
     hashes = np.array([int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "big") for word in words], dtype=np.uint64)

@@ -34,7 +34,7 @@ def infer_schema(table: pa.Table, target: str | None, ignore: Sequence[str] = ()
     for field in table.schema:
         if field.name in ignore:
             continue
-        kind = (types or {}).get(field.name) or _infer_type(table[field.name], field.name == target)
+        kind = (types or {}).get(field.name) or _infer_type(field.name, table[field.name], field.name == target)
         shape = tuple(field.type.shape) if isinstance(field.type, pa.FixedShapeTensorType) else ()
         columns.append(Column(field.name, kind, shape=shape))
     unknown = sorted(set(types or {}) - set(table.column_names))
@@ -43,10 +43,14 @@ def infer_schema(table: pa.Table, target: str | None, ignore: Sequence[str] = ()
     return Schema(tuple(columns), target)
 
 
-def _infer_type(column: pa.ChunkedArray, is_target: bool) -> ColumnType:
+def _infer_type(name: str, column: pa.ChunkedArray, is_target: bool) -> ColumnType:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise DataError(
+            f"column {name!r} holds {kind}, which has no semantic type; leave it out (ignore) or make it an image, text or number"
+        )
     if isinstance(kind, pa.FixedShapeTensorType):
         return "image"
     if pa.types.is_integer(kind):
