@@ -7,12 +7,14 @@ Every engine trains the same module with fused AdamW at one thread, logs its los
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import logging
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +24,6 @@ from works import WORKS, Work
 
 LOG = 50
 LR = 1e-3
-WEIGHT_DECAY = 0.01  # torch's default for AdamW, and ours; transformers' own is 0
 
 
 class Clock:
@@ -40,12 +41,11 @@ class Clock:
         return (self.marks[self.last] - self.marks[self.first]) / (self.last - self.first) * 1e6
 
 
-def raw_loop(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
+def raw_loop(work: Work, x: Any, y: Any, clock: Clock) -> list[float]:
     """The loop that a tutorial shows."""
     model, history, total, step = work.model(), [], 0.0, 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=work.batch_size, shuffle=True)
-    for inputs, targets in loader:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=work.weight_decay, fused=True)
+    for inputs, targets in itertools.islice(work.loader(x, y), clock.last):
         loss = cross_entropy(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -63,7 +63,7 @@ def best_raw_loop(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]
     keep_freed_memory()
     model, history, losses, step = work.model(), [], [], 0
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=work.weight_decay, fused=True)
     order = torch.randperm(len(x))
     for chunk in order.split(work.batch_size * 64):
         for inputs, targets in zip(x[chunk].split(work.batch_size), y[chunk].split(work.batch_size), strict=True):
@@ -99,7 +99,7 @@ def anyfit(work: Work, x: Tensor, y: Tensor, clock: Clock, *, writes: bool = Tru
             return work.model()
 
         def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-            return adamw(model, lr=LR, weight_decay=WEIGHT_DECAY)
+            return adamw(model, lr=LR, weight_decay=work.weight_decay)
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step":
@@ -130,8 +130,7 @@ def anyfit_bf16(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
 
 
 def huggingface(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
-    """The Trainer of transformers, lean: no bar, no saving, no clipping, a constant rate."""
-    import transformers
+    """The Trainer of transformers on rows in memory."""
 
     class WithLoss(nn.Module):
         def __init__(self) -> None:
@@ -149,6 +148,13 @@ def huggingface(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             return {"x": x[index], "labels": y[index]}
 
+    return train_by_huggingface(WithLoss(), Rows(), work, clock)
+
+
+def train_by_huggingface(model: nn.Module, rows: Any, work: Work, clock: Clock, collator: Any = None) -> list[float]:
+    """The Trainer of transformers, lean: no bar, no saving, no clipping, a constant rate."""
+    import transformers
+
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
             clock.at(state.global_step)
@@ -159,7 +165,7 @@ def huggingface(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             per_device_train_batch_size=work.batch_size,
             max_steps=clock.last,
             learning_rate=LR,
-            weight_decay=WEIGHT_DECAY,
+            weight_decay=work.weight_decay,
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             max_grad_norm=0.0,
@@ -169,13 +175,13 @@ def huggingface(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             disable_tqdm=True,
             use_cpu=True,
         )
-        trainer = transformers.Trainer(model=WithLoss(), args=arguments, train_dataset=Rows(), callbacks=[Watch()])
+        trainer = transformers.Trainer(model=model, args=arguments, data_collator=collator, train_dataset=rows, callbacks=[Watch()])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def lightning(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
+def lightning(work: Work, x: Any, y: Any, clock: Clock) -> list[float]:
     """Lightning's Trainer: no bar, no checkpoint, a CSV log of the loss."""
     import lightning as L
     from lightning.pytorch.loggers import CSVLogger
@@ -193,7 +199,7 @@ def lightning(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+            return torch.optim.AdamW(self.parameters(), lr=LR, weight_decay=work.weight_decay, fused=True)
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -201,7 +207,6 @@ def lightning(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             if trainer.global_step % LOG == 0:
                 history.append(float(trainer.callback_metrics["loss"]))
 
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=work.batch_size, shuffle=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             max_steps=clock.last,
@@ -213,7 +218,7 @@ def lightning(work: Work, x: Tensor, y: Tensor, clock: Clock) -> list[float]:
             enable_model_summary=False,
             callbacks=[Watch()],
         )
-        trainer.fit(Module(), loader)
+        trainer.fit(Module(), work.loader(x, y))
     return history
 
 
@@ -228,26 +233,26 @@ ENGINES = {
 }
 
 
-def main() -> None:
+def serve(engine: str, run: Callable[[Work, Any, Any, Clock], list[float]], works: Mapping[str, Work]) -> None:
     """Answer one line of JSON for each work named on stdin."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever an engine prints must not stand between the answers
-    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    rows: dict[str, tuple[Any, Any]] = {}
     for line in sys.stdin:
         name = line.strip()
-        work, clock = WORKS[name], Clock(WORKS[name])
+        work, clock = works[name], Clock(works[name])
         if name not in rows:
             rows[name] = work.rows(name)
         x, y = rows[name]
         torch.manual_seed(0)
-        history = ENGINES[sys.argv[1]](work, x, y, clock)
+        history = run(work, x, y, clock)
         expected = clock.last // LOG
-        assert len(history) == expected, f"{sys.argv[1]} kept {len(history)} losses, expected {expected}"
+        assert len(history) == expected, f"{engine} kept {len(history)} losses, expected {expected}"
         answers.write(json.dumps({"us": clock.microseconds(), "loss": history[-1]}) + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve(sys.argv[1], ENGINES[sys.argv[1]], WORKS)

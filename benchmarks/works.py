@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 DATA = Path(os.environ.get("ANYFIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -40,8 +42,13 @@ class Work:
     warmup: int
     steps: int
     rounds: int
+    weight_decay: float = 0.01  # torch's default for AdamW, and ours; transformers' own is 0
 
-    def rows(self, name: str) -> tuple[Tensor, Tensor]:
+    def loader(self, x: Any, y: Any) -> DataLoader[Any]:
+        """As a tutorial has it."""
+        return DataLoader(TensorDataset(x, y), batch_size=self.batch_size, shuffle=True)
+
+    def rows(self, name: str) -> tuple[Any, Any]:
         """Enough rows that no engine starts an epoch anew within the measured steps; fewer for the large network."""
         generator = torch.Generator().manual_seed(0)
         if name == "mnist-cnn":

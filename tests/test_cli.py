@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from anyfit.cli import main
+from anyfit.tasks import READY
 
 
 class Outcome(NamedTuple):
@@ -170,7 +171,7 @@ def test_report_show_tasks_check(anyfit: Run, adults: Path) -> None:
     anyfit("fit", "image", "--data", "digits", "--run", "r", "--test", 0.2, *QUICK)
     assert anyfit("report", "r", "--json").json["report"] == "r/report.html"
     assert "Image" in anyfit("show", "r").out or "image" in anyfit("show", "r").out
-    assert set(anyfit("tasks", "--json").json) == {"image", "tabular"}
+    assert set(anyfit("tasks", "--json").json) == set(READY)
     assert anyfit("check", "tabular", "--data", adults, "--target", "income", "--json").json["ok"] is True
 
 
@@ -264,7 +265,7 @@ def test_unknown_task_and_bad_task_files_are_refused(anyfit: Run, tmp_path: Path
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "empty.py").write_text("")
     for name, message in (
-        ("imagine", "ready tasks are image, tabular"),
+        ("imagine", "ready tasks are image, tabular, text-cnn"),
         ("broken.py:Task", "ZeroDivisionError"),
         ("empty.py:Mine", "has no task 'Mine'; it has: none"),
         ("empty.py", "names a file but no class"),

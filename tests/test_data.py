@@ -194,14 +194,14 @@ def test_bad_files_are_refused_by_name(name: str, content: Any, message: str, tm
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (3, "data (a int) is no source; give a path, 'digits', a pyarrow table"),
+        (3, "data (a int) is no source; give a path, 'digits', a table or data frame"),
         ([], "data (a list) is no source"),
         (None, "data (a NoneType) is no source"),
         ((np.zeros(3), np.zeros(4)), "arrays have 3, 4 rows; they must agree"),
         ((np.zeros((0, 2)), np.zeros(0)), "arrays have no rows"),
         ((torch.tensor(1.0),), "data holds a single number"),
         ((np.array(["a"]),), "data holds an array of <U1; arrays must be of numbers"),
-        (pa.table({"a": pa.array([], pa.int64())}), "data (='table') has no rows"),
+        (pa.table({"a": pa.array([], pa.int64())}), "data (='Table of 0 rows') has no rows"),
     ],
     ids=range(8),
 )
@@ -361,7 +361,7 @@ def test_a_schema_is_inferred_fitted_and_round_trips_through_json() -> None:
     assert schema["number"].mean == 3.0 and schema["number"].std == pytest.approx(np.std([1, 3, 5]))
     assert schema["grade"].categories == ("9", "10"), "numbers sort as numbers"
     assert schema.classes == ("2", "10") and schema.num_classes == 2
-    assert schema.cardinalities == (3, 3) and schema.input_size == 3
+    assert schema.cardinalities == (4, 4) and schema.input_size == 3
     assert Schema.from_json(schema.to_json()) == schema
     forced = infer_schema(TABLE, None, ["flag"], {"target": "continuous"})
     assert [column.name for column in forced.columns] == ["number", "grade", "target"]
@@ -372,10 +372,10 @@ def test_tensors_by_schema() -> None:
     schema = fitted(schema, statistics(TABLE, schema))
     tensors = to_tensors(TABLE, schema)
     assert tensors["continuous"][:, 0].tolist() == pytest.approx([-1.2247, 0, 0, 1.2247], abs=1e-4)
-    assert tensors["categorical"].tolist() == [[2, 2], [1, 1], [0, 2], [1, 0]]
+    assert tensors["categorical"].tolist() == [[3, 3], [2, 2], [0, 3], [2, 0]]
     assert tensors["target"].tolist() == [0, 1, 0, -100]
     new = pa.table({"number": [3.0], "grade": ["8"], "flag": [True], "target": [2]})
-    assert to_tensors(new, schema)["categorical"].tolist() == [[0, 2]], "an unseen category is 0, as missing is"
+    assert to_tensors(new, schema)["categorical"].tolist() == [[1, 3]], "an unseen category is 1, a missing one 0"
     assert "target" not in to_tensors(new.drop_columns(["target"]), schema, need_target=False)
     with pytest.raises(DataError, match="target 'target' holds '7', which training did not have; its classes are: 2, 10"):
         to_tensors(new.set_column(3, "target", [[7]]), schema)
@@ -389,10 +389,10 @@ def test_a_category_is_the_same_word_in_every_table() -> None:
     whole, broken = pa.table({"code": [1.0, 2.0, None]}), pa.table({"code": [1.0, 2.5, float("nan")]})
     total = fitted(schema, statistics(whole, schema) + statistics(broken, schema))
     assert total["code"].categories == ("1", "2", "2.5")
-    assert to_tensors(whole, total)["categorical"].tolist() == [[1], [2], [0]]
-    assert to_tensors(broken, total)["categorical"].tolist() == [[1], [3], [0]], "NaN is missing"
+    assert to_tensors(whole, total)["categorical"].tolist() == [[2], [3], [0]]
+    assert to_tensors(broken, total)["categorical"].tolist() == [[2], [4], [0]], "NaN is missing"
     ints = pa.table({"code": [1, 2, 3]})
-    assert to_tensors(ints, total)["categorical"].tolist() == [[1], [2], [0]]
+    assert to_tensors(ints, total)["categorical"].tolist() == [[2], [3], [1]], "an unseen one is another"
 
 
 @pytest.mark.parametrize(
@@ -419,9 +419,9 @@ def test_types_are_inferred_from_the_columns(values: Any, target: bool, kind: st
 
 def test_a_large_whole_number_is_a_number() -> None:
     """Above 2^53 float64 rounds, which no standardised feature can tell."""
-    table = pa.table({"id": [2**60, 2**60 + 2**20, 2**60 + 2**21]})
+    table = pa.table({"big": [2**60, 2**60 + 2**20, 2**60 + 2**21]})
     schema = fitted(infer_schema(table, None), statistics(table, infer_schema(table, None)))
-    assert to_tensors(table, schema)["continuous"].isfinite().all() and schema["id"].mean == pytest.approx(2.0**60)
+    assert to_tensors(table, schema)["continuous"].isfinite().all() and schema["big"].mean == pytest.approx(2.0**60)
 
 
 def test_a_target_that_is_missing_is_left_out_as_a_class_and_refused_as_a_number() -> None:
@@ -774,7 +774,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 
 def test_bad_columns_are_refused_by_name(tmp_path: Path) -> None:
     for fields, message in (
-        ({"target": "wage"}, "target (='wage') is not a column of table; the columns are: number, grade, flag, target"),
+        ({"target": "wage"}, "target (='wage') is not a column of Table of 4 rows; the columns are: number, grade, flag, target"),
         ({"group": "who"}, "group (='who') is not a column"),
         ({"ignore": ["who"]}, "ignore (='who') is not a column"),
     ):

@@ -15,6 +15,7 @@ CLAIMS = {
     "hetseq_mnist.py": (r"accuracy 0\.[89]", ()),
     "gan.py": (r"(?:[ .:*#]{8}\n){8}", ("40",)),
     "federated_digits.py": (r"federated +0\.9", ()),
+    "imdb_cnn_rnn.py": (r"CNN: loss .*accuracy 0\.\d+", ("--steps", "100")),
     "own_data.py": (r"'share_right': (?:1\.0|0\.9)", ()),
 }
 

@@ -17,11 +17,15 @@ NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 COLUMNS = st.builds(
     Column,
     name=st.text(st.characters(codec="utf-8"), max_size=5),
-    type=st.sampled_from(["continuous", "categorical", "text", "image"]),
+    type=st.sampled_from(["continuous", "categorical", "text", "image", "datetime", "identifier"]),
     categories=st.none() | st.lists(st.text(st.characters(codec="utf-8"), max_size=3), max_size=3).map(tuple),
     mean=st.none() | NUMBERS | st.lists(NUMBERS, min_size=1, max_size=3).map(tuple),
     std=st.none() | NUMBERS | st.lists(NUMBERS, min_size=1, max_size=3).map(tuple),
     shape=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    missing=st.booleans(),
+    multiple=st.booleans(),
+    weights=st.none() | st.lists(NUMBERS, min_size=1, max_size=3).map(tuple),
+    tokenizer=st.none() | st.just("{}"),
 )
 SCHEMA = Schema(
     (
@@ -38,14 +42,17 @@ SCHEMA = Schema(
 @example([Column("all missing", "categorical", categories=())], True)
 def test_to_json_and_from_json_are_the_identity(columns: list[Column], targeted: bool) -> None:
     schema = Schema(tuple(columns), columns[-1].name if columns and targeted else None)
-    assert Schema.from_json(parse(canonical(schema.to_json()))) == schema
+    again = Schema.from_json(parse(canonical(schema.to_json())))
+    assert again == schema and again.hash() == schema.hash() and not schema.differences(again)
+    several = Schema(tuple(columns), tuple(column.name for column in columns), "w")
+    assert Schema.from_json(parse(canonical(several.to_json()))) == several
 
 
 def test_a_schema_tells_features_from_the_target() -> None:
     assert [column.name for column in SCHEMA.features] == ["age", "scan", "colour"]
     assert [column.name for column in SCHEMA.of_type("categorical")] == ["colour"]
     assert SCHEMA.classes == ("no", "yes") and SCHEMA.num_classes == 2
-    assert SCHEMA.cardinalities == (3,), "two categories, and 0 for missing and unseen"
+    assert SCHEMA.cardinalities == (4,), "two categories, 0 for missing and 1 for any other"
     assert SCHEMA.input_size == 1 + 3 * 8 * 8 + 1
     assert SCHEMA["age"].mean == 40.0
     untargeted = Schema(SCHEMA.columns)
@@ -62,7 +69,10 @@ def test_replacing_columns_keeps_their_order_and_the_target() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Column("a", "number"), "type (='number') of column 'a' must be one of continuous, categorical, text, image"),
+        (
+            lambda: Column("a", "number"),
+            "type (='number') of column 'a' must be one of continuous, categorical, text, image, datetime, identifier",
+        ),
         (lambda: Schema((Column("a", "text"), Column("a", "text"))), "column 'a' stands twice"),
         (lambda: Schema((Column("a", "text"),), "b"), "target (='b') is not a column; the columns are: a"),
         (lambda: SCHEMA["wage"], "column (='wage') is not in the schema; it has: age, scan, colour, label"),

@@ -11,9 +11,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anyfit.adapt.huggingface import from_transformers
+    from anyfit.adapt.lightning import from_lightning
     from anyfit.check import check
-    from anyfit.data import Source
+    from anyfit.data import Source, Stream
     from anyfit.engine import Trainer
+    from anyfit.estimator import Estimator
     from anyfit.federate import federate
     from anyfit.fit import evaluate, fit, open_run, predict
     from anyfit.load import load
@@ -25,14 +28,16 @@ if TYPE_CHECKING:
     from anyfit.state import State
     from anyfit.strategy import FedAvg, Strategy
     from anyfit.task import Step, Task, adamw
-    from anyfit.tasks import Image, Tabular
+    from anyfit.tasks import HuggingFace, Image, Tabular, TextCNN, TextRNN, TextTransformer
     from anyfit.update import Update
     from anyfit.values import File, Plan
 
 _PLACES = {
     "Column": "schema",
+    "Estimator": "estimator",
     "FedAvg": "strategy",
     "File": "values",
+    "HuggingFace": "tasks",
     "Image": "tasks",
     "Metric": "metrics",
     "Plan": "values",
@@ -43,8 +48,12 @@ _PLACES = {
     "State": "state",
     "Step": "task",
     "Strategy": "strategy",
+    "Stream": "data",
     "Tabular": "tasks",
     "Task": "task",
+    "TextCNN": "tasks",
+    "TextRNN": "tasks",
+    "TextTransformer": "tasks",
     "Trainer": "engine",
     "Update": "update",
     "adamw": "task",
@@ -52,6 +61,8 @@ _PLACES = {
     "evaluate": "fit",
     "federate": "federate",
     "fit": "fit",
+    "from_lightning": "adapt.lightning",
+    "from_transformers": "adapt.huggingface",
     "load": "load",
     "open_run": "fit",
     "predict": "fit",
@@ -60,8 +71,10 @@ _PLACES = {
 
 __all__ = [
     "Column",
+    "Estimator",
     "FedAvg",
     "File",
+    "HuggingFace",
     "Image",
     "Metric",
     "Plan",
@@ -72,8 +85,12 @@ __all__ = [
     "State",
     "Step",
     "Strategy",
+    "Stream",
     "Tabular",
     "Task",
+    "TextCNN",
+    "TextRNN",
+    "TextTransformer",
     "Trainer",
     "Update",
     "adamw",
@@ -81,6 +98,8 @@ __all__ = [
     "evaluate",
     "federate",
     "fit",
+    "from_lightning",
+    "from_transformers",
     "load",
     "open_run",
     "predict",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anyfit.data import Batches
+from anyfit.embedding import UsedRows, used_rows
 from anyfit.errors import DataError, InputError, Lost, NonFinite, RunError, TaskError
 from anyfit.machine import autocast, random_state, set_random_state
 from anyfit.metrics import Accumulator
@@ -140,7 +141,7 @@ class Trainer:
         workers: Workers | None = None,
         correct: Correct | None = None,
     ) -> None:
-        self.task, self.model, self.optimizers, self.schedules = task, model, optimizers, schedules
+        self.task, self._model, self._optimizers, self.schedules = task, model, optimizers, schedules
         self.plan, self.device, self.workers, self.correct = plan, device, workers or Alone(), correct
         self.position = Position()
         self.extras = Extras()
@@ -154,6 +155,44 @@ class Trainer:
         self._counts: list[Count] = []  # of the batches since the last apply
         self._expects_more = False  # whether the window has several batches
         self._summed = False  # whether gradients are sums over nominal, or still the mean of one batch
+        self._tables: list[UsedRows] = []  # of which only the rows in use are trained
+        self._stepping = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, whole: between steps every table of word vectors is put back first."""
+        if not self._stepping:
+            self._leave()
+        return self._model
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by name, with the state of every parameter."""
+        if not self._stepping:
+            self._leave()
+        return self._optimizers
+
+    def _leave(self) -> None:
+        for table in self._tables:
+            table.leave()
+
+    def use_rows(self, batches: Batches) -> None:
+        """Train only those word vectors that the training texts hold, where that is the same."""
+        columns = getattr(batches, "columns", None)
+        plain = type(self.task).train_step is Task.train_step and self.workers.alone and self.correct is None
+        if columns is None or not plain or not self.plan.used_rows or self._tables:
+            return
+
+        def swap(old: nn.Parameter, new: nn.Parameter) -> None:
+            for parameters in (*self._parameters.values(), self._trained):
+                parameters[:] = [new if parameter is old else parameter for parameter in parameters]
+
+        self._tables = used_rows(self._model, columns, self._optimizers, swap)
+
+    @property
+    def rows_in_use(self) -> list[tuple[int, int]]:
+        """(rows in use, all rows) of each table of which only a part is trained."""
+        return [(len(table.rows), len(table.places)) for table in self._tables]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The plan's precision as a context."""
@@ -201,9 +240,9 @@ class Trainer:
         """Reduce -> divide -> unscale -> correct -> clip -> optimizer step, for one optimizer or all; then a new sum begins."""
         if not self._counts and self.workers.alone:
             raise TaskError("apply() was called before backward(); a step needs at least one batch")
-        names = list(self.optimizers) if name is None else [name]
-        if name is not None and name not in self.optimizers:
-            raise TaskError(f"apply(name={name!r}) names no optimizer; there are: {', '.join(self.optimizers)}")
+        names = list(self._optimizers) if name is None else [name]
+        if name is not None and name not in self._optimizers:
+            raise TaskError(f"apply(name={name!r}) names no optimizer; there are: {', '.join(self._optimizers)}")
         parameters = self._trained if name is None else self._parameters[name]
         if self._summed or not self.workers.alone:
             count: Count = sum(self._counts[1:], start=self._counts[0]) if self._counts else 0
@@ -226,13 +265,16 @@ class Trainer:
         self._counts, self._summed = [], False
 
     def _commit(self, name: str) -> None:
-        optimizer, parameters = self.optimizers[name], self._parameters[name]
+        optimizer, parameters = self._optimizers[name], self._parameters[name]
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         if self.correct is not None:
             self.correct([p.grad for p in parameters if p.grad is not None], optimizer.param_groups[0]["lr"])
         if self.plan.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.plan.clip)
+        for table in self._tables:
+            if table.optimizer is optimizer:
+                table.stepped()
         if self.scaler is not None:
             self.scaler.step(optimizer)
         else:
@@ -246,7 +288,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Of the first group of the first optimizer."""
-        return float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
+        return float(next(iter(self._optimizers.values())).param_groups[0]["lr"])
 
     def snapshot(self, schema: Mapping[str, Any] | None = None, progress: Mapping[str, Any] | None = None) -> State:
         """A copy of all that a resume needs."""
@@ -315,6 +357,7 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
     each_step = [schedule for schedule in schedules.values() if schedule.every == "step"]
     each_epoch = [schedule for schedule in schedules.values() if schedule.every == "epoch"]
     trainer.model.train()
+    trainer.use_rows(batches)
     trainer.nominal = float(getattr(batches, "step_size", trainer.plan.batch_size or 1))
     while trainer.position.step < total_steps:
         here = trainer.position
@@ -350,6 +393,9 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
             return None, 0, None
         trainer.steps = []
         trainer._expects_more = len(window) > 1
+        for table in trainer._tables:
+            table.enter()
+        trainer._stepping = True
         try:
             if trainer.plan.precision == "fp32":
                 task.train_step(trainer, window)
@@ -362,6 +408,8 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
             continue
         except IndexError as error:
             raise _explained(error) from error
+        finally:
+            trainer._stepping = False
         break
     if trainer._counts:
         raise TaskError(f"train_step of {type(task).__name__} ended after backward() without apply(); call trainer.apply()")
@@ -434,7 +482,7 @@ class Losses:
 
     events: list[Stepped] = field(default_factory=list)
 
-    def read(self) -> tuple[float, dict[str, float]] | None:
+    def read(self) -> tuple[float, dict[str, float | None]] | None:
         """The mean loss and means of logs since the last call; raises NonFinite with the first bad step. One host sync."""
         events, self.events = self.events, []
         if not events:
@@ -455,7 +503,7 @@ class Losses:
         total = sum(parts[1])
         mean = sum(loss * count for loss, count in zip(*parts, strict=True) if count > 0) / total if total else 0.0
         names = {name for event in events for name in event.logs or {}}
-        logs = {}
+        logs: dict[str, float | None] = {}
         for name in sorted(names):
             chosen = [
                 (event.logs[name], count)
@@ -463,7 +511,8 @@ class Losses:
                 if event.logs and name in event.logs and count > 0
             ]
             weight = sum(count for _, count in chosen)
-            logs[name] = sum(float(value) * count for value, count in chosen) / weight if weight else 0.0
+            value = sum(float(value) * count for value, count in chosen) / weight if weight else 0.0
+            logs[name] = value if abs(value) < float("inf") else None
         return mean, logs
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from anyfit import data, engine, machine
-from anyfit.data import Rows, Source
+from anyfit.data import Blocks, Rows, Source, Stream, without
 from anyfit.engine import Losses, Stepped
 from anyfit.errors import DataError, InputError, NonFinite, StateError
 from anyfit.load import load
@@ -76,7 +76,8 @@ def fit(
     """Train `task` on `data`; nothing is written unless `run` names a folder.
 
     `validation`, `test`: a fraction of the rows, or a source. `weights`: a run or a .safetensors file to start from. `plan`: any
-    field of `Plan`. `on_event` gets each event as JSON values, in this order: step, evaluate, stop, checkpoint.
+    field of `Plan`. `on_event` gets each event as JSON values, in this order: step, evaluate, stop, checkpoint; if it returns
+    "stop", training ends after that step.
     """
     folder = None if run is None else Folder(Path(run), resume=resume)
     try:
@@ -97,7 +98,8 @@ class _Fit:
     """One fit, from its beginning or its checkpoint to its result."""
 
     def __init__(self, prepared: Prepared, folder: Folder | None, on_event: OnEvent, *, resume: bool) -> None:
-        self.prepared, self.folder, self.emit, self.resume = prepared, folder, on_event, resume
+        self.prepared, self.folder, self.resume = prepared, folder, resume
+        self._on_event, self.asked = on_event, False
         task, plan = prepared.task, prepared.plan
         self.batches = prepared.batches("train")
         self.validation = prepared.batches("validation") if "validation" in prepared.rows else None
@@ -116,6 +118,11 @@ class _Fit:
         self.stopped: str | None = None
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = 0
+
+    def emit(self, event: Event) -> None:
+        """Tell an event; who listens may answer "stop"."""
+        if self._on_event(event) == "stop":
+            self.asked = True
 
     def _total_steps(self, plan: Plan) -> int:
         if plan.steps is not None:
@@ -169,7 +176,7 @@ class _Fit:
         """What a user should know before it starts, from one look at a batch of the evaluation."""
         task, schema = self.prepared.task, self.prepared.schema
         split = next((name for name in ("validation", "test") if name in self.prepared.rows), None)
-        if split is None or isinstance(self.prepared.rows[split], DataLoader | IterableDataset):
+        if split is None or isinstance(self.prepared.rows[split], DataLoader | IterableDataset | Stream):
             return
         plain = [name for name, metric in (task.metrics(schema) or {}).items() if not isinstance(metric, Metric)]
         if plain:
@@ -190,10 +197,13 @@ class _Fit:
         if forked:  # what the changed task builds counts, not what the checkpoint remembers
             for name, optimizer in self.trainer.optimizers.items():
                 for group, fresh in zip(optimizer.param_groups, self.fresh_groups[name], strict=True):
+                    done = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0  # a schedule may go on from where it is
                     group.update(fresh)
+                    if "initial_lr" in fresh:
+                        group["lr"] = fresh["initial_lr"] * done
             for name, schedule in self.trainer.schedules.items():
                 if hasattr(schedule.scheduler, "base_lrs"):
-                    schedule.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.fresh_groups.get(name, [])]
+                    schedule.scheduler.base_lrs = [group["initial_lr"] for group in schedule.scheduler.optimizer.param_groups]
                 elif name in state.schedules:
                     schedule.scheduler.load_state_dict(clone(state.schedules[name]))
         progress = state.progress
@@ -214,6 +224,9 @@ class _Fit:
         plan = self.prepared.plan
         if self.stopped is not None:
             return
+        self.trainer.use_rows(self.batches)
+        for used, rows in self.trainer.rows_in_use:
+            self.emit({"event": "notice", "text": f"{used} of {rows} word vectors are in use; only those are updated, to the same effect"})
         for event in engine.train(self.trainer, self.batches, self.total):
             self.losses.events.append(event)
             step = event.position.step
@@ -230,6 +243,8 @@ class _Fit:
                 self.stopped = "signal"
             elif last:
                 self.stopped = "finished"
+            elif self.asked:
+                self.stopped = "asked"
             if self.stopped is not None:
                 self._line({"event": "stop", "step": step, "reason": self.stopped}, kept=self.stopped != "signal")
             if self.stopped or better or event.ends_epoch or time.monotonic() - self.saved > plan.checkpoint_every_s:
@@ -401,8 +416,10 @@ def _given_rows(origin: Any, schema: Schema, split: str) -> Rows:
         return apart[0]
     read = source.read()
     rows = read.get("test", read["train"])
-    if split == "test" and isinstance(rows, pa.Table) and schema.target is not None and schema.target not in rows.column_names:
-        raise DataError(f"target (={schema.target!r}) is not a column of {source.name}; the columns are: {', '.join(rows.column_names)}")
+    names = rows.column_names if isinstance(rows, pa.Table | Blocks) else None
+    absent = [name for name in schema.targets if names is not None and name not in names]
+    if split == "test" and absent:
+        raise DataError(f"target (={absent[0]!r}) is not a column of {source.name}; the columns are: {', '.join(names or ())}")
     return rows
 
 
@@ -417,8 +434,7 @@ def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) ->
     """Predictions of a trained run for data whose targets may be absent: tensors (rows first) as `Task.predict` gives them."""
     task, model, prepared = _opened(run, task, plan)
     rows = _given_rows(data, prepared.schema, "predict")
-    if isinstance(rows, pa.Table) and prepared.schema.target in rows.column_names:
-        rows = rows.drop_columns([prepared.schema.target])
+    rows = without(rows, prepared.schema.targets)
     batches = prepared.batches_of(rows, "predict")
     return _joined(list(engine.predict(task, model, batches, machine.autocast(prepared.plan, prepared.device))))
 

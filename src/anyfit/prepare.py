@@ -13,14 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from anyfit import data, machine
-from anyfit.data import Batches, Rows, Source
+from anyfit.data import Batches, Blocks, Rows, Source, Stream
 from anyfit.errors import DataError
 from anyfit.schema import Schema
 from anyfit.task import Task
 from anyfit.tree import map_tensors
+from anyfit.update import Update
 from anyfit.values import Plan
 
-__all__ = ["Prepared", "built", "infer", "prepare"]
+__all__ = ["Prepared", "built", "infer", "prepare", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Prepared:
     collate: Callable[[Any], Any]
     shuffle: bool = True
     notices: tuple[str, ...] = ()
+    columns: pa.Schema | None = None  # the Arrow types of a stream
 
     def batches(self, split: str) -> Batches:
         """Batches of a split: windows in a seeded order for train, larger batches in the order of rows for the rest."""
@@ -48,16 +50,17 @@ class Prepared:
             plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False)
         elif not training:
             plan = plan.updated(bucket=False)
-        dataset = task.build_dataset(rows, split, self.schema) if isinstance(rows, pa.Table) else rows
         augments = training and type(task).augment is not Task.augment
         return data.make_batches(
-            dataset,
+            rows,
             plan,
             self.collate,
             device=self.device,
             shuffle=training and self.shuffle,
             augment=task.augment if augments else None,
             schema=self.schema,
+            build=lambda table: task.build_dataset(table, split, self.schema),
+            columns=self.columns,
         )
 
 
@@ -81,6 +84,7 @@ def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, tes
     rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
     device = machine.pick_device(final.device)
     schema = _schema(task, source, rows["train"])
+    columns = rows["train"].first().schema if isinstance(rows["train"], Stream) else None
     if schema.classes is not None and len(schema.classes) < 2:
         raise DataError(f"target {schema.target!r} has one class only ({', '.join(schema.classes)}); there is nothing to tell apart")
     names = {split: Source.of(given).name for split, given in (("validation", validation), ("test", test)) if _is_source(given)}
@@ -88,7 +92,7 @@ def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, tes
         split: {"source": names.get(split, source.name), "rows": data.num_rows(part), "sha256": data.fingerprint(part)}
         for split, part in rows.items()
     }
-    return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices))
+    return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices), columns)
 
 
 def _is_source(given: Any) -> bool:
@@ -98,15 +102,27 @@ def _is_source(given: Any) -> bool:
 def _schema(task: Task, source: Source, rows: Rows) -> Schema:
     """Names and types, and preprocessing fitted on these rows where they are a table."""
     schema = infer(source, rows)
-    return task.prepare(schema, task.statistics(rows, schema)) if isinstance(rows, pa.Table) else schema
+    total = statistics(task, rows, schema)
+    return schema if total is None else task.prepare(schema, total)
+
+
+def statistics(task: Task, rows: Rows, schema: Schema) -> Update | None:
+    """The task's additive statistics of all rows; None for rows that are no table."""
+    total: Update | None = None
+    for table in data.in_tables(rows):
+        part = task.statistics(table, schema)
+        total = part if total is None else total + part
+    return total
 
 
 def infer(source: Source, rows: Rows) -> Schema:
     """Names and types from the rows alone."""
+    if isinstance(rows, Blocks | Stream):
+        rows = rows.head() if isinstance(rows, Blocks) else rows.first()
     if isinstance(rows, pa.Table):
         target = source.target if source.target is not None else ("target" if "target" in rows.column_names else None)
         ignored = [*source.ignore, *(name for name in (source.group,) if name is not None and name != target)]
-        return data.infer_schema(rows, target, ignored, source.types)
+        return data.infer_schema(rows, target, ignored, source.types, source.weight)
     if isinstance(rows, tuple | Mapping):
         sample = map_tensors(lambda tensor: tensor[0], rows)
         return data.tensor_schema(sample, rows)

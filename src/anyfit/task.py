@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from anyfit import data
-from anyfit.errors import TaskError
+from anyfit.errors import DataError, TaskError
 from anyfit.metrics import IGNORED, Accumulator, Metric
 from anyfit.schedule import Schedule
 from anyfit.schema import Schema
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Step", "Task", "adamw", "measure", "task_code", "task_values"]
 
 TARGETS = ("target", "labels")
+WEIGHT = "weight"  # of each row of a batch: its loss is a weighted mean, its count the sum of weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Task:
 
     def prepare(self, schema: Schema, statistics: Update) -> Schema:
         """The schema with means, deviations, categories, vocabularies."""
-        return data.fitted(schema, statistics)
+        return data.fitted(schema, statistics, rare=getattr(self, "rare", 1), balance=getattr(self, "balance", False))
 
     def build_model(self, schema: Schema) -> nn.Module:
         """The network, freshly initialised."""
@@ -83,7 +84,13 @@ class Task:
 
     def build_dataset(self, table: pa.Table, split: str, schema: Schema) -> Any:
         """A dict or tuple of tensors (the fast path), or a torch Dataset. `split`: train, validation, test or predict."""
-        return data.to_tensors(table, schema, need_target=split != "predict")
+        texts = schema.of_type("text")
+        if texts:
+            raise DataError(
+                f"column {texts[0].name!r} is text, which {type(self).__name__} does not read; leave it out (ignore), use a text task, or "
+                "define build_dataset(self, table, split, schema)"
+            )
+        return data.to_tensors(table, schema, need_target=split != "predict", balanced=split == "train")
 
     def collate(self, samples: list[Any]) -> Any:
         """Samples of a Dataset -> a batch; pads with 0 (labels: -100) where lengths differ."""
@@ -100,15 +107,20 @@ class Task:
     def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int | Tensor]:
         """A mean and its count: the model's own loss if it returned one, else that of the target's type."""
         loss, predicted = _interpret(outputs)
-        target = _target_of(batch)
+        target, weight = _target_of(batch), _weight_of(batch)
         if loss is not None:
+            if weight is not None:
+                raise TaskError(
+                    f"{type(self).__name__} got rows with weights, but the model makes its own loss, which cannot heed them; "
+                    "leave the weights out, or define loss(self, outputs, batch)"
+                )
             return loss, first_tensor(batch).shape[0] if target is None else _count(target)
         if target is None or not isinstance(predicted, Tensor):
             raise TaskError(
                 f"{type(self).__name__} got a batch without target or labels and a model that returns no loss; name the target "
                 "'target' or 'labels', put it last in a tuple, or define loss(self, outputs, batch)"
             )
-        return _default_loss(predicted, target)
+        return _default_loss(predicted, target) if weight is None else _weighted_loss(predicted, target, weight)
 
     def step(self, model: nn.Module, batch: Any) -> Step:
         """One training batch: forward and loss."""
@@ -220,7 +232,12 @@ def task_code(cls: type[Task]) -> str:
 
 def _spelled(code: CodeType) -> str:
     """A function's bytecode with the names and constants it uses, functions within it included."""
-    constants = [_spelled(constant) if inspect.iscode(constant) else repr(constant) for constant in code.co_consts]
+    constants = [
+        _spelled(constant)
+        if inspect.iscode(constant)
+        else repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+        for constant in code.co_consts
+    ]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
@@ -305,6 +322,11 @@ def _target_of(batch: Any) -> Any:
     return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
 
+def _weight_of(batch: Any) -> Tensor | None:
+    named = _as_mapping(batch)
+    return None if named is None else named.get(WEIGHT)
+
+
 def _call(model: nn.Module, batch: Any) -> Any:
     inputs, named = _inputs_of(model), _as_mapping(batch)
     if named is None:
@@ -315,12 +337,12 @@ def _call(model: nn.Module, batch: Any) -> Any:
             return model(*items, **{wanted: target})
         return model(*items)
     if inputs.any_name:
-        return model(**named)
+        return model(**{name: value for name, value in named.items() if name != WEIGHT or name in inputs.names})
     known = {name: value for name, value in named.items() if name in inputs.names}
     if any(name not in TARGETS for name in known):
         return model(**known)
     # names that the model does not know (a plain net's `input`): the features in their order
-    features = [value for name, value in named.items() if name not in TARGETS]
+    features = [value for name, value in named.items() if name not in TARGETS and name != WEIGHT]
     if len(features) < inputs.required - len(known):
         raise TaskError(
             f"the model's forward wants {', '.join(inputs.names)}, but the batch has {', '.join(map(str, named))}; define forward(self, model, batch)"
@@ -372,6 +394,27 @@ def _default_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, int | Tensor
         return nn.functional.cross_entropy(outputs, target, ignore_index=IGNORED), count
     total = nn.functional.cross_entropy(outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
     return total / count.clamp(min=1), count
+
+
+def _weighted_loss(outputs: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The default loss as a mean weighted by row; `weight` (B,), the count is the sum of the weights of what counts."""
+    outputs = outputs if outputs.dtype not in (torch.float16, torch.bfloat16) else outputs.float()
+    if target.is_floating_point():
+        each = (outputs.reshape(target.shape) - target.to(outputs.dtype)).square()
+        kept = torch.ones_like(each)
+    elif outputs.numel() == target.numel():
+        kept = (target != IGNORED).to(outputs.dtype)
+        each = nn.functional.binary_cross_entropy_with_logits(
+            outputs.reshape(target.shape), target.to(outputs.dtype), weight=kept, reduction="none"
+        )
+    else:
+        flat = nn.functional.cross_entropy(
+            outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="none"
+        )
+        each, kept = flat.reshape(target.shape), (target != IGNORED).to(outputs.dtype)
+    weights = kept * weight.to(outputs.dtype).reshape(-1, *[1] * (target.dim() - 1))
+    count = weights.sum()
+    return (each * weights).sum() / torch.where(count > 0, count, 1.0), count
 
 
 def _collate(samples: list[Any], name: str = "", *, top: bool = True) -> Any:

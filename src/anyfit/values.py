@@ -231,7 +231,8 @@ def _spell(hint: Any) -> str:
 class Plan:
     """How long and how to train. A task gives defaults, the caller overrides; both are recorded.
 
-    batch_size None means the whole data set; evaluate_every counts steps (None: each epoch); patience counts evaluations.
+    batch_size None means the whole data set; evaluate_every counts steps (None: each epoch); patience counts evaluations;
+    used_rows trains only the word vectors that training texts hold, where that is the same mathematics.
     """
 
     epochs: int | None = None
@@ -250,6 +251,7 @@ class Plan:
     seed: int = 0
     bucket: bool = False
     drop_last: bool = False
+    used_rows: bool = True
     workers: int = 0
     log_every: int = 50
     checkpoint_every_s: float = 60.0

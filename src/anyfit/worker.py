@@ -6,14 +6,13 @@ import time
 import zlib
 from collections.abc import Mapping
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from anyfit import data, engine, machine
 from anyfit.data import Source
 from anyfit.errors import AnyfitError, DataError
-from anyfit.prepare import Prepared, built, infer
+from anyfit.prepare import Prepared, built, infer, statistics
 from anyfit.schema import Schema
 from anyfit.state import Position
 from anyfit.strategy import Strategy, local_steps
@@ -65,9 +64,8 @@ class Worker:
 
     def _prepare(self, order: Order) -> Update:
         """The additive statistics of this site's rows under the schema that all sites agreed on."""
-        if not isinstance(self.rows, pa.Table):
-            return Update.of("rows", {}, float(self.num_rows), WIDE)
-        return self.task.statistics(self.rows, Schema.from_json(order.values["schema"]))
+        total = statistics(self.task, self.rows, Schema.from_json(order.values["schema"]))
+        return Update.of("rows", {}, float(self.num_rows), WIDE) if total is None else total
 
     def _set_up(self, order: Order) -> engine.Trainer:
         """The model and its batches, made once; weights come with each order, the optimizer starts anew."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from anyfit.errors import DataError, InputError
 from anyfit.schema import Schema
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anyfit.state import Position
     from anyfit.values import Plan
 
-__all__ = ["Batches", "LoaderBatches", "RowBatches", "TensorBatches", "Uniform", "make_batches", "mix_seed", "taken_apart", "uniform"]
+__all__ = ["Batches", "Indexed", "LoaderBatches", "RowBatches", "TensorBatches", "Uniform", "mix_seed", "taken_apart", "uniform"]
 
 CHUNK_BYTES = 8 << 20  # one gather serves many batches, but stays near the cache
 CHUNK_STEPS = 64
@@ -87,7 +87,7 @@ class Batches(ABC):
         """All rows once, in the order they stand, for evaluation and prediction."""
 
 
-class _Indexed(Batches):
+class Indexed(Batches):
     """What sources with random access share: order, windows, augmentation, device and type."""
 
     def __init__(
@@ -99,7 +99,7 @@ class _Indexed(Batches):
         shuffle: bool = True,
         augment: Callable[[Any, Uniform], Any] | None = None,
         order: Callable[[int], Sequence[int]] | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
         set_epoch: Callable[[int], object] | None = None,
     ) -> None:
         if rows == 0:
@@ -183,7 +183,7 @@ class _Indexed(Batches):
         return self._augment(batch, uniform(self.seed, epoch, positions))
 
 
-class TensorBatches(_Indexed):
+class TensorBatches(Indexed):
     """Tensors in memory: one gather for many batches, then views; no worker processes."""
 
     def __init__(self, tensors: Any, plan: Plan, **options: Any) -> None:
@@ -223,9 +223,11 @@ class TensorBatches(_Indexed):
     def _gather(self, epoch: int, start: int, stop: int) -> list[Any]:
         if stop <= start:
             return []
-        indices = self.order(epoch)[start:stop]
-        gathered = self._finish(map_tensors(lambda tensor: tensor.index_select(0, indices.to(tensor.device)), self._tensors))
-        return _split(gathered, self.batch_size)
+        return _split(self.batch_of(self.order(epoch)[start:stop]), self.batch_size)
+
+    def batch_of(self, indices: Tensor) -> Any:
+        """One batch of some rows, (B,) indices, on the device."""
+        return self._finish(map_tensors(lambda tensor: tensor.index_select(0, indices.to(tensor.device)), self._tensors))
 
     def __iter__(self) -> Iterator[Any]:
         assert self.rows is not None
@@ -248,7 +250,7 @@ def _slice(tree: Any, start: int, stop: int) -> Any:
     return map_tensors(lambda tensor: tensor[start:stop], tree)
 
 
-class RowBatches(_Indexed):
+class RowBatches(Indexed):
     """A map-style Dataset: samples by index, batched by `collate`; worker processes only where the plan asks for them."""
 
     def __init__(self, dataset: Any, plan: Plan, collate: Callable[[Any], Any], **options: Any) -> None:
@@ -267,6 +269,10 @@ class RowBatches(_Indexed):
     def _fetch(self, indices: list[int]) -> Any:
         samples = self._fetch_many(indices) if self._fetch_many is not None else [self._dataset[index] for index in indices]
         return self._collate(samples)
+
+    def batch_of(self, indices: Tensor) -> Any:
+        """One batch of some rows, (B,) indices, on the device."""
+        return self._finish(self._fetch(indices.tolist()))
 
     def _index_batches(self, epoch: int, start: int, stop: int) -> list[list[int]]:
         return [part.tolist() for part in torch.split(self.order(epoch)[start:stop], self.batch_size)] if stop > start else []
@@ -345,36 +351,6 @@ class LoaderBatches(Batches):
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             yield self._finish(batch)
-
-
-def make_batches(
-    rows: Any,
-    plan: Plan,
-    collate: Callable[[Any], Any],
-    *,
-    device: torch.device,
-    shuffle: bool = True,
-    augment: Callable[[Any, Uniform], Any] | None = None,
-    schema: Schema | None = None,
-) -> Batches:
-    """Batches of whatever `build_dataset` or a source gave: tensors, a Dataset, a DataLoader."""
-    batches: Batches
-    if augment is not None and isinstance(rows, DataLoader | IterableDataset):
-        raise InputError(
-            "augment needs samples with a position, which a stream or a DataLoader with its own sampler has not; augment in the data set"
-        )
-    if isinstance(rows, TensorDataset):
-        rows = rows.tensors
-    if isinstance(rows, tuple | Mapping):
-        batches = TensorBatches(rows, plan, device=device, shuffle=shuffle, augment=augment)
-    elif isinstance(rows, DataLoader):
-        batches = LoaderBatches(rows, plan, device)
-    elif isinstance(rows, IterableDataset):
-        batches = LoaderBatches(DataLoader(rows, batch_size=plan.batch_size, collate_fn=collate), plan, device)
-    else:
-        batches = RowBatches(rows, plan, collate, device=device, shuffle=shuffle, augment=augment)
-    batches.schema = schema
-    return batches
 
 
 def taken_apart(loader: DataLoader[Any]) -> tuple[Any, dict[str, Any], Callable[[Any], Any], bool] | None:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from anyfit.errors import DataError
 
-__all__ = ["UInt64", "mix", "pixels_of", "row_hashes"]
+__all__ = ["UInt64", "image_column", "mix", "pixels_of", "row_hashes"]
 
 UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -24,6 +24,13 @@ def pixels_of(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
         raise DataError(f"{array.null_count} images are missing; drop those rows")
     values = array.storage.flatten().to_numpy(zero_copy_only=True)
     return np.asarray(values.reshape(len(array), *column.type.shape))
+
+
+def image_column(pixels: np.ndarray[Any, Any]) -> pa.Array:
+    """(N, C, H, W) as a column. (from_numpy_ndarray guesses the shape from strides, which say nothing where a dimension is 1.)"""
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(pixels.dtype), pixels.shape[1:])
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(pixels).reshape(-1)), int(np.prod(pixels.shape[1:])))
+    return pa.ExtensionArray.from_storage(kind, storage)
 
 
 def mix(values: UInt64) -> UInt64:

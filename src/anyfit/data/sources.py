@@ -7,20 +7,23 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from anyfit.data.hashes import row_hashes
+from anyfit.data import frames
+from anyfit.data.blocks import Blocks, hold
+from anyfit.data.files import Files, expand, kind_of, plain_type
+from anyfit.data.folders import ImageFiles, decoded, open_folder
+from anyfit.data.hashes import image_column, row_hashes
+from anyfit.data.stream import Stream
 from anyfit.errors import DataError
 from anyfit.schema import ColumnType
 from anyfit.tree import leaves, map_tensors
@@ -31,25 +34,33 @@ __all__ = ["Rows", "Source", "fingerprint", "num_rows"]
 # Dataset and a DataLoader are what they are.
 Rows = Any
 
-MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
-TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
-
 
 @dataclass(frozen=True)
 class Source:
     """Where rows come from, and what is known of their columns.
 
-    `origin`: a path (CSV, TSV, Parquet, IDX file or folder), "digits", a pyarrow table, arrays or tensors as a tuple or dict, a
-    torch Dataset or a DataLoader. `group` keeps rows of one value in one split; `split` names a column of train, validation,
-    test.
+    `origin`: a path, pattern, URL or list of them (CSV, TSV, JSON lines, Parquet, Feather, text, gzip or zstd on top; IDX; a folder
+    or zip of images or texts; a saved Hugging Face data set), a database URL, "digits", a pyarrow table or what gives one (pandas,
+    polars, `datasets`), a `Stream`, arrays or tensors as a tuple or dict, a torch Dataset or a DataLoader.
+
+    `target`: the column to learn, or several. `group` keeps rows of one value in one split; `split` names a column of train,
+    validation, test; `weight` one of sample weights. `types` forces semantic types; a column of names forced to image is read.
+    `missing`: further words for a missing value. `size`: (height, width) that images are brought to.
     """
 
     origin: Any
-    target: str | None = None
+    target: str | Sequence[str] | None = None
     group: str | None = None
     split: str | None = None
     ignore: Sequence[str] = ()
     types: Mapping[str, ColumnType] = field(default_factory=dict)
+    weight: str | None = None
+    missing: Sequence[str] = ()
+    delimiter: str | None = None
+    encoding: str | None = None
+    table: str | None = None
+    query: str | None = None
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, origin: Any, target: str | None = None) -> Source:
@@ -63,82 +74,146 @@ class Source:
         """A short name for records."""
         origin = self.origin
         if isinstance(origin, str | os.PathLike):
-            return str(origin)
+            return _hidden(str(origin))
+        if _are_paths(origin):
+            return f"{len(origin)} files from {origin[0]}"
         return f"{type(origin).__name__} of {num_rows(origin)} rows" if not isinstance(origin, DataLoader) else "DataLoader"
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the target columns that were given."""
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target or ())
+
     def read(self) -> dict[str, Rows]:
-        """Rows by split: always `train`; more where the origin has them (the four IDX files of a folder)."""
+        """Rows by split: always `train`; more where the origin has them (the IDX files or the folders of a folder, a DatasetDict)."""
         origin = self.origin
-        if isinstance(origin, pa.Table):
-            return {"train": self._checked(origin, "table")}
-        if isinstance(origin, str | os.PathLike):
-            return {split: self._checked(rows, str(origin)) for split, rows in _read_path(origin).items()}
-        if isinstance(origin, TensorDataset):
-            return {"train": _tensors(origin.tensors)}
-        if isinstance(origin, Dataset | DataLoader):
-            return {"train": origin}
-        if isinstance(origin, tuple | Mapping) and origin:
-            return {"train": _tensors(origin)}
-        if hasattr(origin, "__getitem__") and hasattr(origin, "__len__") and not isinstance(origin, list | str):
-            return {"train": origin}
-        raise DataError(
-            f"data (a {type(origin).__name__}) is no source; give a path, 'digits', a pyarrow table, a tuple or dict of arrays, "
-            "a torch Dataset or a DataLoader"
-        )
+        if isinstance(origin, str | os.PathLike) or _are_paths(origin):
+            read = self._read_paths(origin)
+        elif isinstance(origin, pa.Table):
+            read = {"train": origin}
+        elif isinstance(origin, TensorDataset):
+            read = {"train": _tensors(origin.tensors)}
+        elif (found := frames.tables_of(origin)) is not None:
+            read = dict(found)
+        elif isinstance(origin, Stream | Blocks | Dataset | DataLoader):
+            read = {"train": origin}
+        elif isinstance(origin, tuple | Mapping) and origin:
+            read = {"train": _tensors(origin)}
+        elif hasattr(origin, "__getitem__") and hasattr(origin, "__len__") and not isinstance(origin, list | str):
+            read = {"train": origin}
+        else:
+            raise DataError(
+                f"data (a {type(origin).__name__}) is no source; give a path, 'digits', a table or data frame, a tuple or dict of arrays, "
+                "a torch Dataset, a DataLoader, or rows that come one by one as anyfit.Stream(rows)"
+            )
+        return {split: self._checked(rows, self.name) for split, rows in read.items()}
+
+    def _read_paths(self, origin: Any) -> dict[str, Rows]:
+        """Whatever a path, a list of them, a URL or a pattern means."""
+        text = str(origin)
+        if text == "digits":
+            return {"train": _digits()}
+        if self.table is not None or self.query is not None or _is_database(text):
+            from anyfit.data.sql import read_sql
+
+            return {"train": hold(_Database(lambda: read_sql(text, table=self.table, query=self.query)), self.name)}
+        paths = expand(origin)
+        place = Path(paths[0])
+        if len(paths) == 1 and place.is_dir():
+            return self._read_folder(place)
+        if len(paths) == 1 and place.suffix.lower() == ".zip":
+            return self._read_files_of(place)
+        if len(paths) == 1 and kind_of(place.name) is None and ("-ubyte" in place.name or "idx" in place.name):
+            return {"train": _idx_table(place, _labels_beside(place))}
+        reader = Files(paths, self.delimiter, self.encoding, self.missing)
+        rows = hold(reader, text)
+        return {"train": rows}
+
+    def _read_folder(self, folder: Path) -> dict[str, Rows]:
+        if any(folder.glob("*images*ubyte*")):
+            return _read_idx_folder(folder)
+        if frames.is_saved(folder):
+            return dict(frames.saved(folder))
+        tables = sorted(str(path) for path in folder.iterdir() if path.is_file() and kind_of(path.name) not in (None, "text"))
+        if tables:
+            return {"train": hold(Files(tables, self.delimiter, self.encoding, self.missing), str(folder))}
+        return self._read_files_of(folder)
+
+    def _read_files_of(self, path: Path) -> dict[str, Rows]:
+        folder = open_folder(path)
+        return {split: hold(ImageFiles(folder, split, self.size, self.encoding), str(path)) for split in folder.files}
 
     def _checked(self, rows: Rows, name: str) -> Rows:
-        if not isinstance(rows, pa.Table):
+        if not isinstance(rows, pa.Table | Blocks):
             return rows
-        encoded = [entry for entry in rows.schema if pa.types.is_dictionary(entry.type)]
-        for entry in encoded:  # a column's values, not how they are stored
-            rows = rows.set_column(rows.column_names.index(entry.name), entry.name, rows[entry.name].cast(entry.type.value_type))
+        if isinstance(rows, pa.Table):
+            for index, entry in enumerate(rows.schema):  # a column's values, not how they are stored
+                if (plain := plain_type(entry.type)) is not entry.type:
+                    rows = rows.set_column(index, entry.name, rows[entry.name].cast(plain))
         if rows.num_rows == 0:
             raise DataError(f"data (={name!r}) has no rows; give a source with at least one")
         twice = sorted({column for column in rows.column_names if rows.column_names.count(column) > 1})
         if twice:
             raise DataError(f"column {twice[0]!r} stands twice in {name}; rename one of them")
-        for what, column in (("target", self.target), ("group", self.group), ("split", self.split), *(("ignore", c) for c in self.ignore)):
+        named = (("target", target) for target in self.targets)
+        others = (("group", self.group), ("split", self.split), ("weight", self.weight), *(("ignore", c) for c in self.ignore))
+        for what, column in (*named, *others):
             if column is not None and column not in rows.column_names:
                 raise DataError(f"{what} (={column!r}) is not a column of {name}; the columns are: {', '.join(rows.column_names)}")
+        return self._with_images(rows, name)
+
+    def _with_images(self, rows: Rows, name: str) -> Rows:
+        """Columns of file names that are forced to be images, read; names are relative to the table's folder."""
+        for column in [column for column, kind in self.types.items() if kind == "image" and column in rows.column_names]:
+            if not pa.types.is_string(rows.schema.field(column).type):
+                continue
+            if isinstance(rows, Blocks):
+                raise DataError(f"column {column!r} of {name} names images, but the table is too large to be held; give a folder of images")
+            base = Path(self.origin).parent if isinstance(self.origin, str | os.PathLike) else Path()
+            files = [word if word is None else str(base / word) for word in rows[column].to_pylist()]
+            lacking = next((place for place, word in enumerate(files) if word is None or not Path(word).is_file()), None)
+            if lacking is not None:
+                raise DataError(
+                    f"column {column!r} of {name} names the image {files[lacking]!r} in row {lacking + 1}, which does not exist"
+                )
+            pixels = decoded([(str(word), Path(str(word)).read_bytes()) for word in files], self.size)
+            rows = rows.set_column(rows.column_names.index(column), column, image_column(pixels))
         return rows
 
 
-def _read_path(path: str | os.PathLike[str]) -> dict[str, Rows]:
-    if str(path) == "digits":
-        return {"train": _digits()}
-    folder = Path(path)
-    if not folder.exists():
-        raise DataError(f"data (={str(path)!r}) does not exist; give a file, a folder with IDX files, or 'digits'")
-    if folder.is_dir():
-        return _read_idx_folder(folder)
-    name = folder.name.lower()
-    if name.endswith(TABLES):
-        return {"train": _read_table(folder)}
-    if "-ubyte" in name or "idx" in name:
-        return {"train": _idx_table(folder, _labels_beside(folder))}
-    raise DataError(f"data (={str(path)!r}) is of no known kind; it must end in {', '.join(TABLES)} or be an IDX file or folder")
+@dataclass
+class _Database:
+    """A query that is read from the start as often as asked; nothing is kept for the next time."""
+
+    read: Callable[[], Iterator[pa.RecordBatch]]
+    types: dict[str, pa.DataType] = field(default_factory=dict)
+
+    def identity(self) -> None:
+        return None
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return self.read()
 
 
-def _read_table(path: Path) -> pa.Table:
-    if path.stat().st_size == 0:
-        raise DataError(f"data (={str(path)!r}) is empty; give a file with a header and at least one row")
-    try:
-        if path.name.lower().endswith(".parquet"):
-            return pa.parquet.read_table(path)
-        delimiter = "\t" if ".tsv" in path.name.lower() else ","
-        table = pa.csv.read_csv(
-            path,
-            parse_options=pa.csv.ParseOptions(delimiter=delimiter),
-            convert_options=pa.csv.ConvertOptions(null_values=MISSING, strings_can_be_null=True),
-        )
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, EOFError, OSError) as error:
-        raise DataError(f"data (={str(path)!r}) cannot be read as a table: {error}") from error
-    for column in table.schema:
-        if pa.types.is_binary(column.type):  # what pyarrow makes of text that is no UTF-8
-            raise DataError(
-                f"column {column.name!r} of {path} holds text that is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
-            )
-    return table
+FILE_SYSTEMS = ("http", "https", "s3", "gs", "gcs", "file", "hdfs")
+
+
+def _is_database(text: str) -> bool:
+    scheme, colon, _ = text.partition("://")
+    return bool(colon) and scheme not in FILE_SYSTEMS
+
+
+def _hidden(text: str) -> str:
+    """A URL without its password."""
+    if not _is_database(text):
+        return text
+    from anyfit.data.sql import hidden
+
+    return hidden(text)
+
+
+def _are_paths(origin: Any) -> bool:
+    return isinstance(origin, list | tuple) and bool(origin) and all(isinstance(item, str | os.PathLike) for item in origin)
 
 
 def _digits() -> pa.Table:
@@ -147,13 +222,6 @@ def _digits() -> pa.Table:
     digits = load_digits()
     images = np.ascontiguousarray(digits.images.astype(np.uint8)[:, None])
     return pa.table({"image": image_column(images), "target": pa.array(digits.target)})
-
-
-def image_column(pixels: np.ndarray[Any, Any]) -> pa.Array:
-    """(N, C, H, W) as a column. (from_numpy_ndarray guesses the shape from strides, which say nothing where a dimension is 1.)"""
-    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(pixels.dtype), pixels.shape[1:])
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(pixels).reshape(-1)), int(np.prod(pixels.shape[1:])))
-    return pa.ExtensionArray.from_storage(kind, storage)
 
 
 def _read_idx(path: Path) -> np.ndarray[Any, Any]:
@@ -222,11 +290,11 @@ def _tensors(arrays: Iterable[Any] | Mapping[str, Any]) -> Any:
 
 def num_rows(rows: Rows) -> int | None:
     """How many rows; None where it cannot be known."""
-    if isinstance(rows, pa.Table):
+    if isinstance(rows, pa.Table | Blocks):
         return int(rows.num_rows)
     if isinstance(rows, DataLoader):
         return num_rows(rows.dataset)
-    if isinstance(rows, IterableDataset):
+    if isinstance(rows, IterableDataset | Stream):
         return None
     if isinstance(rows, tuple | Mapping):
         for leaf in leaves(map_tensors(lambda tensor: tensor, rows)):
@@ -242,6 +310,8 @@ def fingerprint(rows: Rows) -> str:
         hasher.update(str(rows.schema.names).encode())
         hasher.update(row_hashes(rows).data)  # of the values: neither chunks nor dictionaries are seen
         return hasher.hexdigest()
+    if isinstance(rows, Blocks | Stream):
+        return rows.sha256
     if isinstance(rows, DataLoader):
         rows = rows.dataset
     if isinstance(rows, IterableDataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,15 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from anyfit.data.blocks import Blocks
+from anyfit.data.folders import SPLITS
 from anyfit.data.hashes import UInt64, mix, row_hashes
 from anyfit.data.sources import Source
+from anyfit.data.stream import Stream
 from anyfit.errors import DataError
 from anyfit.tree import first_tensor, map_tensors
 
-__all__ = ["by_column", "by_fraction", "read_splits", "row_hashes", "take_fraction"]
+__all__ = ["by_column", "by_fraction", "in_tables", "read_splits", "take_fraction", "without"]
 
 
 def chosen(hashes: UInt64, fraction: float, salt: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -28,13 +31,21 @@ def chosen(hashes: UInt64, fraction: float, salt: str) -> np.ndarray[Any, np.dty
         raise DataError(f"fraction (={fraction}) of a split must be between 0 and 1")
     if len(np.unique(hashes)) < 2:
         raise DataError(f"the rows cannot be split by fraction (={fraction}): they are all equal, or of one group; give separate files")
-    key = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "big")
-    order = mix(hashes ^ np.uint64(key))
-    mask: np.ndarray[Any, np.dtype[np.bool_]] = order < np.uint64(int(fraction * 2**64))
+    mask, order = _below(hashes, fraction, salt), _order(hashes, salt)
     if not mask.any():
         mask = order == order.min()
     if mask.all():
         mask = order != order.max()
+    return mask
+
+
+def _order(hashes: UInt64, salt: str) -> UInt64:
+    key = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "big")
+    return mix(hashes ^ np.uint64(key))
+
+
+def _below(hashes: UInt64, fraction: float, salt: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    mask: np.ndarray[Any, np.dtype[np.bool_]] = _order(hashes, salt) < np.uint64(int(fraction * 2**64))
     return mask
 
 
@@ -44,16 +55,63 @@ def by_fraction(table: pa.Table, fraction: float, *, group: str | None = None, s
     return table.filter(pa.array(~mask)), table.filter(pa.array(mask))
 
 
+def _blocks_by_fraction(rows: Blocks, fraction: float, group: str | None, salt: str) -> tuple[Blocks, Blocks]:
+    """As `by_fraction`, block by block."""
+    if not 0.0 < fraction < 1.0:
+        raise DataError(f"fraction (={fraction}) of a split must be between 0 and 1")
+
+    def part(inside: bool) -> Blocks:
+        def mask_of(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+            chosen_rows = _below(row_hashes(table, None if group is None else [group]), fraction, salt)
+            return chosen_rows if inside else ~chosen_rows
+
+        return rows.where(mask_of, [salt, fraction, group, inside])
+
+    return part(False), part(True)
+
+
+def _blocks_by_column(rows: Blocks, column: str) -> dict[str, Blocks]:
+    words = sorted({str(word).lower() for table in rows for word in pc.unique(table[column].cast(pa.string())).to_pylist()})
+    result: dict[str, Blocks] = {}
+    for split in sorted({_split_of(word, column) for word in words}):
+
+        def mask_of(table: pa.Table, split: str = split) -> np.ndarray[Any, np.dtype[np.bool_]]:
+            return np.array([SPLITS[str(word).lower()] == split for word in table[column].cast(pa.string()).to_pylist()])
+
+        result[split] = rows.where(mask_of, [column, split], dropped=[column])
+    return result
+
+
+def _split_of(word: str, column: str) -> str:
+    if word.lower() not in SPLITS:
+        raise DataError(f"split column {column!r} holds {word!r}; its values must be train, validation or test")
+    return SPLITS[word.lower()]
+
+
+def in_tables(rows: Any) -> Iterator[pa.Table]:
+    """The rows as one table or several, none of which is too large; nothing for rows that are no table. A stream gives its first."""
+    if isinstance(rows, pa.Table):
+        yield rows
+    elif isinstance(rows, Blocks):
+        yield from rows
+    elif isinstance(rows, Stream):
+        yield rows.first()
+
+
+def without(rows: Any, columns: Sequence[str]) -> Any:
+    """Tables without some columns, where they have them."""
+    if isinstance(rows, Blocks):
+        return dataclasses.replace(rows, dropped=(*rows.dropped, *(name for name in columns if name in rows.column_names)))
+    return rows.drop_columns([name for name in columns if name in rows.column_names]) if isinstance(rows, pa.Table) else rows
+
+
 def by_column(table: pa.Table, column: str) -> dict[str, pa.Table]:
     """One table for each of train, validation and test, as a column says; the column is dropped."""
-    known = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
     words = table[column].cast(pa.string())
     result: dict[str, list[pa.Table]] = {}
     for word in words.unique().to_pylist():
-        if str(word).lower() not in known:
-            raise DataError(f"split column {column!r} holds {word!r}; its values must be train, validation or test")
-        part = table.filter(pc.equal(words, word)).drop_columns([column])
-        result.setdefault(known[str(word).lower()], []).append(part)
+        split = _split_of(str(word), column)
+        result.setdefault(split, []).append(table.filter(pc.equal(words, word)).drop_columns([column]))
     if "train" not in result:
         raise DataError(f"split column {column!r} has no row that says train")
     return {split: pa.concat_tables(parts) for split, parts in result.items()}
@@ -95,9 +153,11 @@ def take_fraction(rows: Any, fraction: float, *, group: str | None, salt: str) -
     """-> the rest and the chosen part of any rows: tables by their values, others by their index."""
     if isinstance(rows, pa.Table):
         return by_fraction(rows, fraction, group=group, salt=salt)
+    if isinstance(rows, Blocks):
+        return _blocks_by_fraction(rows, fraction, group, salt)
     if group is not None:
         raise DataError(f"group (={group!r}) needs a table; these rows have no columns")
-    if isinstance(rows, DataLoader | IterableDataset):
+    if isinstance(rows, DataLoader | IterableDataset | Stream):
         raise DataError(
             "a stream or a DataLoader with its own sampler cannot be split by fraction; give validation and test data of their own"
         )
@@ -114,16 +174,21 @@ def read_splits(source: Source, validation: Any, test: Any, *, wants_validation:
     """Rows of train, validation and test. `validation` and `test` are a fraction of the training rows, a source, or None."""
     parts = source.read()
     if source.split is not None:
-        if not isinstance(parts["train"], pa.Table):
+        rows = parts["train"]
+        if not isinstance(rows, pa.Table | Blocks):
             raise DataError(f"split (={source.split!r}) needs a table; these rows have no columns")
-        parts = {**parts, **by_column(parts["train"], source.split)}
+        parts = {**parts, **(by_column(rows, source.split) if isinstance(rows, pa.Table) else _blocks_by_column(rows, source.split))}
     for name, given in (("test", test), ("validation", validation)):
         if isinstance(given, bool):
             raise DataError(f"{name} (={given}) must be a fraction, a source or None")
         if isinstance(given, int | float):
             parts["train"], parts[name] = take_fraction(parts["train"], float(given), group=source.group, salt=name)
         elif given is not None:
-            other = given if isinstance(given, Source) else dataclasses.replace(source, origin=given, group=None, split=None, ignore=())
+            other = (
+                given
+                if isinstance(given, Source)
+                else dataclasses.replace(source, origin=given, group=None, split=None, ignore=(), table=None, query=None)
+            )
             read = other.read()
             parts[name] = read.get("test", read["train"]) if name == "test" else read["train"]
     if wants_validation and "validation" not in parts:

@@ -6,6 +6,7 @@ N rows, F continuous columns, K categorical ones.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,51 +17,106 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from anyfit.data.files import NUMBER
 from anyfit.data.hashes import pixels_of
 from anyfit.errors import DataError
 from anyfit.schema import Column, ColumnType, Schema
 from anyfit.update import WIDE, Update
 
-__all__ = ["fitted", "infer_schema", "statistics", "tensor_schema", "to_tensors"]
+__all__ = ["describe", "fitted", "infer_schema", "statistics", "tensor_schema", "to_tensors"]
 
 COUNTS = (0,)  # whole numbers need no fraction bits
 MOST_TARGET_VALUES = 100  # a whole-number target with at most so many distinct values is taken for classes
-MISSING = "missing"  # stands beside the mean's sums; a column's own group keeps the names apart
+ALMOST = 0.98  # a column of words of which at least so many are numbers is a column of numbers with words for "missing" in it
+YEAR_S, WEEK_S, DAY_S = 365.2425 * 86400, 7 * 86400, 86400
+EXTREMES = 100  # lowest and highest values that a description keeps
 
 
-def infer_schema(table: pa.Table, target: str | None, ignore: Sequence[str] = (), types: Mapping[str, ColumnType] | None = None) -> Schema:
+def infer_schema(
+    table: pa.Table,
+    target: str | Sequence[str] | None,
+    ignore: Sequence[str] = (),
+    types: Mapping[str, ColumnType] | None = None,
+    weight: str | None = None,
+) -> Schema:
     """Names and semantic types from the table's own types; `types` overrules."""
     columns = []
+    targets = (target,) if isinstance(target, str) else tuple(target or ())
     for field in table.schema:
-        if field.name in ignore:
+        if field.name in ignore or field.name == weight:
             continue
-        kind = (types or {}).get(field.name) or _infer_type(field.name, table[field.name], field.name == target)
+        kind = (types or {}).get(field.name) or _infer_type(field.name, table[field.name], field.name in targets, len(targets) > 1)
         shape = tuple(field.type.shape) if isinstance(field.type, pa.FixedShapeTensorType) else ()
-        columns.append(Column(field.name, kind, shape=shape))
+        columns.append(Column(field.name, kind, shape=shape, multiple=kind == "categorical" and _is_list(field.type)))
     unknown = sorted(set(types or {}) - set(table.column_names))
     if unknown:
         raise DataError(f"types names {unknown[0]!r}, which is not a column; the columns are: {', '.join(table.column_names)}")
-    return Schema(tuple(columns), target)
+    listed = next((column.name for column in columns if column.multiple and column.name not in targets), None)
+    if listed is not None or (len(targets) > 1 and any(column.multiple for column in columns)):
+        raise DataError(f"column {listed or targets[0]!r} holds lists of categories, which only a single target may; leave it out (ignore)")
+    kinds = sorted({column.type for column in columns if column.name in targets})
+    if len(kinds) > 1:
+        raise DataError(f"targets {', '.join(targets)} are {' and '.join(kinds)}; several targets must be of one type: force it with types")
+    return Schema(tuple(columns), targets[0] if len(targets) == 1 else targets or None, weight)
 
 
-def _infer_type(name: str, column: pa.ChunkedArray, is_target: bool) -> ColumnType:
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _infer_type(name: str, column: pa.ChunkedArray, is_target: bool, several: bool) -> ColumnType:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if _is_list(kind) and pa.types.is_string(kind.value_type) and is_target:
+        return "categorical"
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return "image"
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return "datetime"
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_temporal(kind):
         raise DataError(
             f"column {name!r} holds {kind}, which has no semantic type; leave it out (ignore) or make it an image, text or number"
         )
-    if isinstance(kind, pa.FixedShapeTensorType):
-        return "image"
     if pa.types.is_integer(kind):
-        return "categorical" if is_target and pc.count_distinct(column).as_py() <= MOST_TARGET_VALUES else "continuous"
+        distinct = pc.count_distinct(column).as_py()
+        if is_target:
+            return "categorical" if distinct <= (2 if several else MOST_TARGET_VALUES) else "continuous"
+        return "identifier" if _says_identifier(name) and distinct == len(column) > 1 else "continuous"
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
         return "continuous"
     if pa.types.is_boolean(kind) or is_target:
         return "categorical"
-    distinct = pc.count_distinct(column).as_py()
-    return "text" if distinct > 1000 and distinct > len(column) / 2 else "categorical"
+    return _infer_words(name, column.cast(pa.string()))
+
+
+def _says_identifier(name: str) -> bool:
+    return (
+        re.search(r"(^|[_\-. ])(id|uuid|guid|index|key)$", name, re.IGNORECASE) is not None or re.search(r"[a-z]I[dD]$", name) is not None
+    )
+
+
+def _infer_words(name: str, column: pa.ChunkedArray) -> ColumnType:
+    """Text is mostly distinct and of several words; an identifier is distinct and of one; anything else is a category."""
+    known = column.drop_null()
+    if len(known) == 0:
+        return "categorical"
+    distinct = pc.count_distinct(known).as_py()
+    if distinct > 50:
+        numeric = pc.match_substring_regex(known, NUMBER)
+        share = pc.mean(numeric).as_py()
+        if ALMOST <= share < 1:
+            place = pc.index(pc.fill_null(pc.match_substring_regex(column, NUMBER), True), False).as_py()
+            raise DataError(
+                f"column {name!r} holds numbers, but {column[place].as_py()[:40]!r} in row {place + 1}; name what stands for a missing value "
+                f"(missing), or force its type (types: {name}=categorical or text)"
+            )
+    words = pc.mean(pc.add(pc.count_substring_regex(pc.utf8_trim_whitespace(known), r"\s+"), 1)).as_py()
+    if distinct > len(known) / 2 and words >= 3:
+        return "text"
+    if distinct == len(known) and words == 1 and (distinct > 1000 or (_says_identifier(name) and distinct > 1)):
+        return "identifier"
+    return "text" if distinct > 1000 and distinct > len(known) / 2 else "categorical"
 
 
 def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -70,8 +126,26 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"column {name!r} is continuous but holds {column.type} that is no number: {error}") from error
     if np.isinf(numbers).any():
-        raise DataError(f"column {name!r} holds an infinite number; mark it as missing or drop the row")
+        row = int(np.nonzero(np.isinf(numbers))[0][0]) + 1
+        raise DataError(f"column {name!r} holds an infinite number in row {row}; mark it as missing or drop the row")
     return np.asarray(numbers, dtype=np.float64)
+
+
+def _moments(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(N,) seconds since 1970 as float64, NaN for missing."""
+    try:
+        whole = column.cast(pa.timestamp("us", column.type.tz if pa.types.is_timestamp(column.type) else None))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"column {name!r} is a datetime but holds {column.type} that is none: {error}") from error
+    return np.asarray(pc.fill_null(whole.cast(pa.int64()).cast(pa.float64()), math.nan).to_numpy(), dtype=np.float64) * 1e-6
+
+
+def _parts_of_moments(seconds: np.ndarray[Any, Any], column: Column) -> np.ndarray[Any, Any]:
+    """(N, 7): standardised, then sine and cosine of the place in the year, week and day; missing 0."""
+    angles = [seconds * (2 * math.pi / period) for period in (YEAR_S, WEEK_S, DAY_S)]
+    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    standardised = (seconds - float(column.mean or 0.0)) / float(column.std or 1.0)  # type: ignore[arg-type]
+    return np.asarray(np.nan_to_num(np.stack([standardised, *waves], 1), nan=0.0))
 
 
 def _words(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -93,18 +167,27 @@ def statistics(table: pa.Table, schema: Schema) -> Update:
         if column.name not in table.column_names:
             raise DataError(f"column {column.name!r} is missing; the table has: {', '.join(table.column_names)}")
         values = table[column.name]
-        if column.type == "continuous":
-            numbers = _numbers(values, column.name)
+        if column.type in ("continuous", "datetime"):
+            numbers = _moments(values, column.name) if column.type == "datetime" else _numbers(values, column.name)
             known = numbers[~np.isnan(numbers)]
-            sums = {"sum": torch.tensor(known.sum()), "squares": torch.tensor((known * known).sum())}
+            sums = {
+                "sum": torch.tensor(known.sum()),
+                "squares": torch.tensor((known * known).sum()),
+                "missing": torch.tensor(float(len(numbers) - len(known))),
+            }
             total = total.joined(Update.of(f"mean:{column.name}", sums, float(len(known)), WIDE))
         elif column.type == "categorical":
-            counted = pc.value_counts(_words(values).combine_chunks()).to_pylist()
-            sums = {entry["values"]: torch.tensor(entry["counts"]) for entry in counted if entry["values"] is not None}
-            total = total.joined(Update.of(f"categories:{column.name}", sums, float(len(values) - values.null_count), COUNTS))
+            total = total.joined(_category_statistics(values, column))
         elif column.type == "image":
             total = total.joined(_image_statistics(pixels_of(values), column.name))
     return total
+
+
+def _category_statistics(values: pa.ChunkedArray, column: Column) -> Update:
+    words = _words(pc.list_flatten(values)) if column.multiple else _words(values)
+    counted = pc.value_counts(words.combine_chunks()).to_pylist()
+    sums = {entry["values"]: torch.tensor(entry["counts"]) for entry in counted if entry["values"] is not None}
+    return Update.of(f"categories:{column.name}", sums, float(len(values) - values.null_count), COUNTS)
 
 
 def _image_statistics(pixels: np.ndarray[Any, Any], name: str) -> Update:
@@ -117,14 +200,26 @@ def _image_statistics(pixels: np.ndarray[Any, Any], name: str) -> Update:
     return Update.of(f"mean:{name}", sums, float(pixels.size // channels), WIDE)
 
 
-def fitted(schema: Schema, total: Update) -> Schema:
-    """The schema with means, deviations and categories from the statistics of all training rows."""
+def fitted(schema: Schema, total: Update, *, rare: int = 1, balance: bool = False) -> Schema:
+    """The schema with means, deviations and categories from the statistics of all training rows.
+
+    A feature's categories of fewer than `rare` rows count as other. `balance` gives each class of the target the same weight in total.
+    """
+    if balance and (schema.classes is None and not any(schema[name].type == "categorical" for name in schema.targets)):
+        raise DataError(f"balance (=True) needs a target of classes, but {schema.target!r} is none")
+    if balance and schema.multilabel:
+        raise DataError("balance (=True) needs one class for each row, but this target may have several; leave it off")
     columns = []
     for column in schema.columns:
-        if column.type in ("continuous", "image"):
+        if column.type in ("continuous", "image", "datetime"):
             columns.append(_fit_mean(column, total))
         elif column.type == "categorical":
-            columns.append(replace(column, categories=_sorted_categories(total.sums(f"categories:{column.name}"))))
+            counts = total.sums(f"categories:{column.name}")
+            least = 1 if column.name in schema.targets else rare
+            found = _sorted_categories({word: count for word, count in counts.items() if float(count) >= least})
+            rows = sum(float(counts[word]) for word in found)
+            weights = tuple(rows / (len(found) * float(counts[word])) for word in found)
+            columns.append(replace(column, categories=found, weights=weights if balance and column.name in schema.targets else None))
         else:
             columns.append(column)
     return replace(schema, columns=tuple(columns))
@@ -142,7 +237,7 @@ def _fit_mean(column: Column, total: Update) -> Column:
     std = torch.where(spread, variance.sqrt(), torch.ones_like(variance))
     if column.type == "image":
         return replace(column, mean=tuple(means["sum"].tolist()), std=tuple(std.tolist()))
-    return replace(column, mean=float(means["sum"]), std=float(std))
+    return replace(column, mean=float(means["sum"]), std=float(std), missing=float(means.get("missing", 0.0)) > 0)
 
 
 def _sorted_categories(counts: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -160,48 +255,99 @@ def _sorted_categories(counts: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(sorted(counts))
 
 
-def to_tensors(table: pa.Table, schema: Schema, *, need_target: bool = True) -> dict[str, Tensor]:
-    """`continuous` (N, F) standardised, missing 0; `categorical` (N, K) codes, 0 for missing and unseen; an `image` column
-    (N, C, H, W) as its pixels; `target` (N,): class labels, -100 where missing, or float64 values.
+def to_tensors(table: pa.Table, schema: Schema, *, need_target: bool = True, balanced: bool = False) -> dict[str, Tensor]:
+    """`continuous` (N, F) standardised, missing 0, then moments, then an indicator for each that may be missing; `categorical`
+    (N, K) codes, 0 for missing and 1 for any other value; an `image` column (N, C, H, W) as its pixels; `target` (N,) or (N, T):
+    class labels, -100 where missing, 0 and 1 for several labels, or float64 values; `weight` (N,) where rows are weighed.
 
-    A column that the schema has and the table has not is an error; the target may be absent where `need_target` is False.
+    A column that the schema has and the table has not is an error; the target may be absent where `need_target` is False, and
+    the weights of rows too.
     """
     result: dict[str, Tensor] = {}
     absent = [column.name for column in schema.features if column.name not in table.column_names]
     if absent:
         raise DataError(f"column {absent[0]!r} is missing; the table has: {', '.join(table.column_names)}")
-    continuous = schema.of_type("continuous")
-    if continuous:
-        values = torch.empty(table.num_rows, len(continuous), dtype=torch.float64)
-        for index, column in enumerate(continuous):
-            numbers = torch.from_numpy(np.array(_numbers(table[column.name], column.name)))
-            values[:, index] = ((numbers - float(column.mean or 0.0)) / float(column.std or 1.0)).nan_to_num(nan=0.0)  # type: ignore[arg-type]
-        result["continuous"] = values
+    if schema.num_continuous:
+        result["continuous"] = torch.from_numpy(_continuous(table, schema))
     categorical = schema.of_type("categorical")
     if categorical:
-        codes = [_codes(table[column.name], column) + 1 for column in categorical]
+        codes = [_codes(table[column.name], column) + 2 for column in categorical]
         result["categorical"] = torch.from_numpy(np.stack(codes, 1))
     for column in schema.of_type("image"):
         pixels = pixels_of(table[column.name])
         if tuple(pixels.shape[1:]) != column.shape:
             raise DataError(f"images of column {column.name!r} are {tuple(pixels.shape[1:])}, but training had {column.shape}")
         result["image"] = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
-    if schema.target is not None and (need_target or schema.target in table.column_names):
+    return {**result, **targets_of(table, schema, need_target=need_target, balanced=balanced)}
+
+
+def targets_of(table: pa.Table, schema: Schema, *, need_target: bool, balanced: bool) -> dict[str, Tensor]:
+    """`target` and `weight` alone, as `to_tensors` gives them."""
+    result: dict[str, Tensor] = {}
+    if schema.targets and (need_target or all(name in table.column_names for name in schema.targets)):
         result["target"] = _target(table, schema)
+    weight = _row_weights(table, schema)
+    weights = schema[schema.targets[0]].weights if schema.targets else None
+    if balanced and weights is not None and "target" in result:
+        each = torch.tensor([*weights, 0.0], dtype=torch.float64)[
+            result["target"].clamp(min=-1)
+        ]  # -100 picks the last: it counts for nothing
+        weight = each if weight is None else weight * each
+    if weight is not None:
+        result["weight"] = weight
     return result
 
 
+def _continuous(table: pa.Table, schema: Schema) -> np.ndarray[Any, Any]:
+    numbers, moments = schema.of_type("continuous"), schema.of_type("datetime")
+    parts, indicators = [], []
+    for column in (*numbers, *moments):
+        if column.type == "continuous":
+            values = _numbers(table[column.name], column.name)
+            mean, std = float(column.mean or 0.0), float(column.std or 1.0)  # type: ignore[arg-type]
+            parts.append(np.nan_to_num((values - mean) / std, nan=0.0)[:, None])
+        else:
+            values = _moments(table[column.name], column.name)
+            parts.append(_parts_of_moments(values, column))
+        if column.missing:
+            indicators.append(np.isnan(values).astype(np.float64)[:, None])
+    return np.concatenate([*parts, *indicators], 1)
+
+
+def _row_weights(table: pa.Table, schema: Schema) -> Tensor | None:
+    if schema.weight is None or schema.weight not in table.column_names:
+        return None
+    weights = _numbers(table[schema.weight], schema.weight)
+    bad = np.nonzero(~(weights >= 0))[0]
+    if len(bad):
+        raise DataError(f"weight {schema.weight!r} is {weights[bad[0]]} in row {bad[0] + 1}; weights must be numbers from 0 up")
+    if not weights.any():
+        raise DataError(f"weight {schema.weight!r} is 0 in all rows; at least one must count")
+    return torch.from_numpy(weights.copy())
+
+
 def _codes(column: pa.ChunkedArray, schema: Column) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """(N,) index of each value's category, -1 for missing and unseen."""
-    found = pc.index_in(_words(column), pa.array(schema.categories or (), pa.string()))
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int64)
+    """(N,) index of each value's category, -1 for unseen and -2 for missing."""
+    words = _words(column)
+    found = pc.fill_null(pc.index_in(words, pa.array(schema.categories or (), pa.string())), -1)
+    return np.where(words.is_null().to_numpy(), -2, found.to_numpy()).astype(np.int64)
 
 
 def _target(table: pa.Table, schema: Schema) -> Tensor:
-    assert schema.target is not None
-    column = schema[schema.target]
-    if column.name not in table.column_names:
-        raise DataError(f"target (={column.name!r}) is not a column; the table has: {', '.join(table.column_names)}")
+    for name in schema.targets:
+        if name not in table.column_names:
+            raise DataError(f"target (={name!r}) is not a column; the table has: {', '.join(table.column_names)}")
+    columns = [schema[name] for name in schema.targets]
+    if len(columns) == 1:
+        return _several_labels(table, columns[0]) if columns[0].multiple else _one_target(table, columns[0])
+    if schema.multilabel:
+        odd = next((column for column in columns if len(column.categories or ()) > 2), None)
+        if odd is not None:
+            raise DataError(f"target {odd.name!r} has {len(odd.categories or ())} classes; several targets must each be yes or no")
+    return torch.stack([_one_target(table, column) for column in columns], 1)
+
+
+def _one_target(table: pa.Table, column: Column) -> Tensor:
     values = table[column.name]
     if column.type == "continuous":
         numbers = _numbers(values, column.name)
@@ -209,14 +355,29 @@ def _target(table: pa.Table, schema: Schema) -> Tensor:
             raise DataError(f"target {column.name!r} is missing in {int(np.isnan(numbers).sum())} rows; drop them or fill them")
         return torch.from_numpy(numbers.copy())
     codes = _codes(values, column)
-    missing = values.is_null().combine_chunks().to_numpy(zero_copy_only=False)
-    unseen = (codes < 0) & ~missing
+    unseen = codes == -1
     if unseen.any():
         value = _words(values)[int(np.nonzero(unseen)[0][0])].as_py()
         raise DataError(
             f"target {column.name!r} holds {value!r}, which training did not have; its classes are: {', '.join(column.categories or ())}"
         )
-    return torch.from_numpy(np.where(missing, -100, codes))
+    return torch.from_numpy(np.where(codes == -2, -100, codes))
+
+
+def _several_labels(table: pa.Table, column: Column) -> Tensor:
+    """(N, C) of 0 and 1; a row without a list is left out (-100), an empty list has no class."""
+    values = table[column.name].combine_chunks()
+    flat, parents = values.flatten(), pc.list_parent_indices(values).to_numpy()
+    codes = _codes(pa.chunked_array([flat]), column)
+    if (codes < 0).any():
+        word = flat[int(np.nonzero(codes < 0)[0][0])].as_py()
+        raise DataError(
+            f"target {column.name!r} holds {word!r}, which training did not have; its classes are: {', '.join(column.categories or ())}"
+        )
+    labels = torch.zeros(len(values), len(column.categories or ()), dtype=torch.int64)
+    labels[torch.from_numpy(parents.copy()), torch.from_numpy(codes)] = 1
+    labels[torch.from_numpy(np.array(values.is_null()))] = -100
+    return labels
 
 
 def tensor_schema(sample: Any, rows: Any = None) -> Schema:
@@ -254,3 +415,41 @@ def _label_range(rows: Any, name: str) -> tuple[str, ...] | None:
     if kept.numel() == 0 or int(kept.min()) < 0:
         raise DataError(f"labels must run from 0 up (-100 is left out); the smallest is {int(kept.min()) if kept.numel() else 'missing'}")
     return tuple(str(label) for label in range(int(kept.max()) + 1))
+
+
+def describe(table: pa.Table, schema: Schema) -> list[dict[str, Any]]:
+    """What stands in each column, for the eyes of who holds the rows: counts, ranges, categories, lengths. JSON."""
+    result: list[dict[str, Any]] = []
+    for column in schema.columns:
+        values = table[column.name]
+        about: dict[str, Any] = {"name": column.name, "type": column.type, "rows": len(values), "missing": values.null_count}
+        if column.name in schema.targets:
+            about["target"] = True
+        result.append({**about, **_described(values, column)})
+    return result
+
+
+def _described(values: pa.ChunkedArray, column: Column) -> dict[str, Any]:
+    if column.type in ("continuous", "datetime"):
+        numbers = _moments(values, column.name) if column.type == "datetime" else _numbers(values, column.name)
+        known = np.sort(numbers[~np.isnan(numbers)])
+        if not len(known):
+            return {"missing": len(numbers)}
+        lowest, highest = known[:EXTREMES].tolist(), known[::-1][:EXTREMES].tolist()
+        if column.type == "datetime":
+            lowest, highest = ([np.datetime64(int(value), "s").item().isoformat() for value in part] for part in (lowest, highest))
+            return {"missing": len(numbers) - len(known), "lowest": lowest, "highest": highest}
+        spread = {"mean": float(known.mean()), "std": float(known.std()), "median": float(np.median(known))}
+        return {"missing": len(numbers) - len(known), **spread, "lowest": lowest, "highest": highest}
+    if column.type == "categorical":
+        sums = _category_statistics(values, column).sums(f"categories:{column.name}")
+        counts = {word: int(count) for word, count in sums.items()}
+        return {"counts": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), "distinct": len(counts)}
+    if column.type == "image":
+        return {"shape": list(column.shape)}
+    words = values.cast(pa.string())
+    lengths = pc.utf8_length(words)
+    about = {"distinct": pc.count_distinct(words).as_py(), "empty": pc.sum(pc.equal(lengths, 0)).as_py() or 0}
+    if column.type == "text":
+        about |= {"mean_characters": pc.mean(lengths).as_py(), "most_characters": pc.max(lengths).as_py()}
+    return about

@@ -1,8 +1,18 @@
 """Ready-made tasks: good small defaults that need no code."""
 
+from anyfit.tasks.hf import HuggingFace
 from anyfit.tasks.image import Image
 from anyfit.tasks.tabular import Tabular
+from anyfit.tasks.text import TextCNN, TextRNN, TextTransformer
 
-__all__ = ["READY", "Image", "Tabular"]
+__all__ = ["READY", "HuggingFace", "Image", "Tabular", "TextCNN", "TextRNN", "TextTransformer"]
 
-READY = {"image": Image, "tabular": Tabular}  # what the command line knows by a short name
+# What the command line knows by a short name.
+READY = {
+    "image": Image,
+    "tabular": Tabular,
+    "text-cnn": TextCNN,
+    "text-rnn": TextRNN,
+    "text-transformer": TextTransformer,
+    "hf": HuggingFace,
+}

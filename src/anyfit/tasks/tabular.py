@@ -16,7 +16,7 @@ from anyfit.schema import Schema
 from anyfit.task import Task, adamw
 from anyfit.values import Plan
 
-__all__ = ["Perceptron", "Tabular"]
+__all__ = ["Perceptron", "Tabular", "Unit", "unit_of"]
 
 
 class Perceptron(nn.Module):
@@ -25,31 +25,53 @@ class Perceptron(nn.Module):
     def __init__(self, schema: Schema, task: Tabular) -> None:
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(size, min(task.embedding, (size + 1) // 2)) for size in schema.cardinalities)
-        width = len(schema.of_type("continuous")) + sum(e.embedding_dim for e in self.embeddings)  # type: ignore[misc]
+        width = schema.num_continuous + sum(e.embedding_dim for e in self.embeddings)  # type: ignore[misc]
         layers: list[nn.Module] = []
         for hidden in task.hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(task.dropout)]
             width = hidden
-        classes = 1 if schema.classes is None else len(schema.classes)
-        self.layers = nn.Sequential(*layers, nn.Linear(width, classes))
-        target = None if schema.target is None or schema.classes is not None else schema[schema.target]
-        self._scale = (1.0, 0.0) if target is None else (float(target.std or 1.0), float(target.mean or 0.0))  # type: ignore[arg-type]
-        self._regression = target is not None
+        self.layers = nn.Sequential(*layers, nn.Linear(width, schema.num_outputs), *unit_of(schema))
 
     def forward(self, continuous: Tensor | None = None, categorical: Tensor | None = None) -> Tensor:
         parts = [] if continuous is None else [continuous]
         if categorical is not None:
             parts += [embedding(codes_B) for embedding, codes_B in zip(self.embeddings, categorical.unbind(1), strict=True)]
         out: Tensor = self.layers(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
-        return out.squeeze(1) * self._scale[0] + self._scale[1] if self._regression else out
+        return out
+
+
+class Unit(nn.Module):
+    """Standardised numbers (B, T) back in the targets' units; (B,) for one target. Its numbers come from the schema."""
+
+    def __init__(self, means: list[float], stds: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(means), persistent=False)
+        self.register_buffer("std", torch.tensor(stds), persistent=False)
+
+    def forward(self, numbers_BT: Tensor) -> Tensor:
+        out: Tensor = numbers_BT * self.std + self.mean  # type: ignore[operator]
+        return out.squeeze(1) if out.shape[1] == 1 else out
+
+
+def unit_of(schema: Schema) -> list[nn.Module]:
+    """The last layer of a regression; none where the target is of classes."""
+    if schema.classes is not None:
+        return []
+    columns = [schema[name] for name in schema.targets]
+    return [Unit([float(c.mean or 0.0) for c in columns], [float(c.std or 1.0) for c in columns])]  # type: ignore[arg-type]
 
 
 class Tabular(Task):
-    """Classify or regress rows. Batch: `continuous` (B, F), `categorical` (B, K), `target` (B,)."""
+    """Classify or regress rows. Batch: `continuous` (B, F), `categorical` (B, K), `target` (B,) or (B, T).
+
+    `rare`: categories of fewer training rows count as other. `balance`: each class weighs the same in total.
+    """
 
     hidden: tuple[int, ...] = (128, 64)
     embedding: int = 16
     dropout: float = 0.1
+    rare: int = 5
+    balance: bool = False
     lr: float = 2e-3
     weight_decay: float = 0.01
 
@@ -59,7 +81,7 @@ class Tabular(Task):
     def build_model(self, schema: Schema) -> nn.Module:
         if schema.target is None:
             raise DataError("task tabular needs a target column; name it with target=...")
-        odd = [column for column in schema.features if column.type not in ("continuous", "categorical")]
+        odd = [column for column in schema.features if column.type not in ("continuous", "categorical", "datetime")]
         if odd:
             raise DataError(
                 f"column {odd[0].name!r} is of type {odd[0].type}, which task tabular does not take; "

@@ -1,0 +1,85 @@
+"""Rows that come one by one: no length, no permutation, but a seeded shuffle buffer whose order a resume repeats exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from anyfit.errors import DataError
+
+__all__ = ["Stream"]
+
+Row = Mapping[str, Any]
+HEAD_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows (dicts), tables or record batches from `rows`: a function that starts anew at each call, or something iterable again.
+
+    `buffer` rows are held and each step draws from them. `head` rows from the start tell names, types and preprocessing.
+    A resume reads again from the start of the epoch up to where it was, so the source must give the same rows in the same order.
+    """
+
+    rows: Callable[[], Iterable[Any]] | Iterable[Any]
+    buffer: int = 1000
+    head: int = HEAD_ROWS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, Iterator):
+            raise DataError(
+                f"rows (a {type(self.rows).__name__}) can be read once only, and each epoch and each resume reads from the start; "
+                "give the function that makes it: Stream(make_rows)"
+            )
+        for name in ("buffer", "head"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} (={getattr(self, name)}) must be at least 1")
+
+    @property
+    def sha256(self) -> str:
+        """Of the first rows: all that can be told without reading everything."""
+        return hashlib.sha256(repr(list(itertools.islice(self, 3))).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        source = self.rows() if callable(self.rows) else self.rows
+        for item in source:
+            if isinstance(item, pa.Table | pa.RecordBatch):
+                yield from item.to_pylist()
+            elif isinstance(item, Mapping):
+                yield dict(item)
+            else:
+                raise DataError(f"a stream gave a {type(item).__name__}; it must give rows as dicts, or pyarrow tables")
+
+    def shuffled(self, seed: int) -> Iterator[dict[str, Any]]:
+        """All rows once, each drawn from the buffer; the same seed gives the same order."""
+        generator = torch.Generator().manual_seed(seed)
+        held: list[dict[str, Any]] = []
+        for row in self:
+            if len(held) < self.buffer:
+                held.append(row)
+                continue
+            place = int(torch.randint(self.buffer, (), generator=generator))
+            chosen, held[place] = held[place], row
+            yield chosen
+        for place in torch.randperm(len(held), generator=generator).tolist():
+            yield held[place]
+
+    def table(self, rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> pa.Table:
+        """Rows as a table, in the types of `schema`."""
+        try:
+            return pa.Table.from_pylist(rows, schema=schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"a row of the stream does not fit its columns: {error}") from error
+
+    def first(self) -> pa.Table:
+        """The rows at the start, as a table."""
+        rows = list(itertools.islice(self, self.head))
+        if not rows:
+            raise DataError("the stream gave no row; give at least one")
+        return self.table(rows)
