@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from anyfit.errors import DataError, TaskError
+
 __all__ = ["UsedRows", "used_rows"]
 
 WORTH = 0.9  # share of rows in use up to which it pays
@@ -38,7 +40,18 @@ class UsedRows:
         self._decays = isinstance(optimizer, AdamW)
 
     def _forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(self.places[ids], self.small, self._padding)
+        try:  # index_select, as an index would take a negative id for one from the end
+            places = self.places.index_select(0, ids.flatten()).view(ids.shape)
+            return nn.functional.embedding(places, self.small, self._padding)
+        except IndexError as error:
+            rows = len(self.places)
+            odd = next(i for i in ids.flatten().tolist() if not 0 <= i < rows or self.places[i] < 0)
+            if not 0 <= odd < rows:
+                raise DataError(f"id {odd} is outside of the {rows} rows of the table that it is looked up in") from error
+            raise DataError(
+                f"id {odd} is looked up in training, but no training text holds it, so its row is not trained; "
+                "train all rows (used_rows=False), or name the id in the model's lookups()"
+            ) from error
 
     def enter(self) -> None:
         """Train the rows in use alone."""
@@ -46,7 +59,7 @@ class UsedRows:
             return
         with torch.no_grad():
             torch.index_select(self.table.weight.detach(), 0, self.rows, out=self.small.detach())
-            if self._group["weight_decay"]:
+            if self._decays:  # even by nothing, for a schedule may change that
                 torch.index_select(self.table.weight.detach(), 0, self.others, out=self.rest)
         self._move(self.table.weight, self.small, lambda whole: whole[self.rows])
         self.table.forward = self._forward  # type: ignore[method-assign,assignment]
@@ -58,7 +71,7 @@ class UsedRows:
             return
         with torch.no_grad():
             self.table.weight.index_copy_(0, self.rows, self.small.detach())
-            if self._group["weight_decay"]:
+            if self._decays:
                 self.table.weight.index_copy_(0, self.others, self.rest)
         self._move(self.small, self.table.weight, self._whole)
         del self.table.forward
@@ -81,6 +94,10 @@ class UsedRows:
 
     def stepped(self) -> None:
         """Decay the rows that the optimizer did not see; called before each of its steps."""
+        if self.table.weight.grad is not None:
+            raise TaskError(
+                "the loss reads the whole table of word vectors beside looking words up in it, so all rows must train; pass used_rows=False"
+            )
         if self._decays and self._group["weight_decay"]:
             self.rest.mul_(1.0 - self._group["lr"] * self._group["weight_decay"])
 
@@ -103,7 +120,7 @@ def used_rows(
         if column is None or not hasattr(column, "padding") or not _plain(table) or sum(p is weight for p in names) != 1:
             continue
         owners = [optimizer for optimizer in optimizers.values() if any(p is weight for g in optimizer.param_groups for p in g["params"])]
-        if len(owners) != 1 or not _same(owners[0], weight):
+        if len(owners) != 1 or not _same(owners[0], weight) or _heard(owners[0]):
             continue
         used = torch.bincount(column.values, minlength=len(weight)) > 0
         used[torch.tensor([column.padding, *extra])] = True
@@ -125,9 +142,13 @@ def _plain(table: nn.Embedding) -> bool:
         and table.max_norm is None
         and not table.scale_grad_by_freq
         and "forward" not in vars(table)
-        and not table._forward_hooks
-        and not table._forward_pre_hooks
+        and not any(_heard(thing) for thing in (table, table.weight))
     )
+
+
+def _heard(thing: object) -> bool:
+    """Whether hooks hang at a module, a parameter or an optimizer: they would see other parameters."""
+    return any(found for name, found in vars(thing).items() if name.endswith("_hooks")) or bool(getattr(thing, "_backward_hooks", None))
 
 
 def _same(optimizer: Optimizer, weight: nn.Parameter) -> bool:

@@ -446,7 +446,12 @@ def _undo(trainer: Trainer) -> Callable[[], None]:
 
 
 def _explained(error: IndexError) -> Exception:
-    """Torch's word for a label that the model has no output for, in ours."""
+    """Torch's word for a label that the model has no output for, or for a word that it has no vector for, in ours."""
+    if "out of range in self" in str(error):
+        return DataError(
+            f"an id of the batch is outside of the table that the model looks it up in ({error}); give the model as many rows as the "
+            "vocabulary has words"
+        )
     if "out of bounds" not in str(error):
         return error
     return DataError(

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -414,7 +415,8 @@ def _given_rows(origin: Any, schema: Schema, split: str) -> Rows:
     source = Source.of(origin)
     if isinstance(source.origin, DataLoader) and (apart := data.taken_apart(source.origin)) is not None:
         return apart[0]
-    read = source.read()
+    images = {column.name: column.type for column in schema.of_type("image") if column.name not in source.types}
+    read = replace(source, types={**source.types, **images}).read()  # names of images are read as such again
     rows = read.get("test", read["train"])
     names = rows.column_names if isinstance(rows, pa.Table | Blocks) else None
     absent = [name for name in schema.targets if names is not None and name not in names]

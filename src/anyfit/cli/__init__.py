@@ -7,13 +7,40 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from anyfit.cli import data as data_commands
+from anyfit.cli.options import (
+    BatchSize,
+    DataPath,
+    Device,
+    Dtype,
+    Epochs,
+    Group,
+    Ignore,
+    Json,
+    Quiet,
+    Resume,
+    RunFolder,
+    RunOption,
+    Seed,
+    Sets,
+    SourceFields,
+    Split,
+    Steps,
+    Target,
+    TaskName,
+    Test,
+    Types,
+    Validation,
+    pairs,
+    print_result,
+    source_of,
+)
 from anyfit.cli.progress import Progress, print_table
 from anyfit.errors import AnyfitError, InputError
 
@@ -28,30 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A ready task (see `anyfit tasks`), file.py:Class or module:Class.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
-DataPath = Annotated[str, typer.Option("--data", help="CSV, TSV, Parquet, IDX file or folder, or 'digits' (comes with anyfit).")]
-Target = Annotated[str | None, typer.Option("--target", help="The column to learn (default: 'target' where there is one).")]
-Test = Annotated[str | None, typer.Option("--test", help="A file to test on at the end, or a fraction of the rows.")]
-Validation = Annotated[str | None, typer.Option("--validation", help="A file to validate on, or a fraction of the rows.")]
-Group = Annotated[str | None, typer.Option("--group", help="Keep rows with one value of this column in one split.")]
-Split = Annotated[str | None, typer.Option("--split", help="A column that says train, validation or test.")]
-Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="A column to leave out. Can be repeated.")]
-Types = Annotated[list[str] | None, typer.Option("--type", metavar="COLUMN=TYPE", help="Force a column's type. Can be repeated.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of the task or of the plan. Can be repeated.")
-]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data (default: the task's).")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps, in place of epochs.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows of a batch (default: the task's).")]
-Seed = Annotated[int | None, typer.Option("--seed", help="One seed gives one result (default: 0).")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:i] or mps (default: auto).")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float64 or bfloat16 (default: float32).")]
-RunOption = Annotated[Path | None, typer.Option("--run", help="Folder for the run (default: runs/<task>-<n>).")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+app.add_typer(data_commands.app)
 
 
 @app.command()
@@ -65,6 +69,7 @@ def fit(
     split: Split = None,
     ignore: Ignore = None,
     type: Types = None,
+    source: SourceFields = None,
     epochs: Epochs = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
@@ -81,7 +86,6 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Train a task on data, on this machine."""
-    from anyfit.data import Source
     from anyfit.fit import fit as train
     from anyfit.report import write_report
     from anyfit.state import save_weights
@@ -89,11 +93,11 @@ def fit(
     given = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
     folder = _folder(run, task, resume)
     loaded, plan = _task_and_plan(task, set, given, folder if resume else None)
-    source = Source(data, target, group, split, tuple(ignore or ()), _pairs("--type", type))
+    rows = source_of(data, target, group=group, split=split, ignore=ignore, types=type, fields=source)
     with Progress(quiet) as progress:
         done = train(
             loaded,
-            source,
+            rows,
             validation=_fraction(validation),
             test=_fraction(test),
             run=folder,
@@ -111,13 +115,13 @@ def fit(
 
 
 @app.command()
-def evaluate(run: RunFolder, data: DataPath, device: Device = None, json: Json = False) -> None:
+def evaluate(run: RunFolder, data: DataPath, source: SourceFields = None, device: Device = None, json: Json = False) -> None:
     """Figures of a trained run on data with targets."""
     from anyfit.fit import evaluate as measure
 
-    figures = measure(run, data, device=device or "auto")
+    figures = measure(run, source_of(data, None, fields=source), device=device or "auto")
     shown = {name: value for name, value in figures.items() if not isinstance(value, list)}
-    _print(
+    print_result(
         {"run": str(run), "data": data, **shown}, json, lambda: print_table(["", "value"], [[name, value] for name, value in shown.items()])
     )
 
@@ -127,14 +131,15 @@ def predict(
     run: RunFolder,
     data: DataPath,
     out: Annotated[Path, typer.Option("--out", help="The CSV file to write: a row for each row of the data.")],
+    source: SourceFields = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Predict with a trained run; targets may be absent."""
     from anyfit.cli.predictions import write_predictions
 
-    rows = write_predictions(run, data, out, device or "auto")
-    _print({"run": str(run), "out": str(out), "rows": rows}, json, lambda: typer.echo(f"{rows} rows -> {out}"))
+    rows = write_predictions(run, source_of(data, None, fields=source), out, device or "auto")
+    print_result({"run": str(run), "out": str(out), "rows": rows}, json, lambda: typer.echo(f"{rows} rows -> {out}"))
 
 
 @app.command()
@@ -144,16 +149,16 @@ def check(
     target: Target = None,
     ignore: Ignore = None,
     type: Types = None,
+    source: SourceFields = None,
     set: Sets = None,
     batch_size: BatchSize = None,
     json: Json = False,
 ) -> None:
     """Prove on one batch that a task fits its data and that its counts are right."""
     from anyfit.check import check as examine
-    from anyfit.data import Source
 
     loaded, plan = _task_and_plan(task, set, {"batch_size": batch_size}, None)
-    seen = examine(loaded, Source(data, target, ignore=tuple(ignore or ()), types=_pairs("--type", type)), **plan)
+    seen = examine(loaded, source_of(data, target, ignore=ignore, types=type, fields=source), **plan)
 
     def show() -> None:
         print_table(["", ""], [[name, value] for name, value in seen.items() if name not in ("ok", "problems")])
@@ -161,7 +166,7 @@ def check(
             typer.echo(f"problem: {problem}")
         typer.echo("ok" if seen["ok"] else f"{len(seen['problems'])} problems")
 
-    _print(seen, json, show)
+    print_result(seen, json, show)
     if not seen["ok"]:
         raise typer.Exit(1)
 
@@ -175,6 +180,7 @@ def federate(
     test: Annotated[str | None, typer.Option("--test", help="A file to test on after each round.")] = None,
     ignore: Ignore = None,
     type: Types = None,
+    source: SourceFields = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Local passes of each round (default: 1).")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Local steps of each round, in place of epochs.")] = None,
     batch_size: BatchSize = None,
@@ -188,14 +194,13 @@ def federate(
     quiet: Quiet = False,
 ) -> None:
     """Train one task over sites that keep their rows (in this process)."""
-    from anyfit.data import Source
     from anyfit.federate import federate as train
     from anyfit.report import write_report
 
     given = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
     folder = _folder(run, task, resume)
     loaded, plan = _task_and_plan(task, set, given, folder if resume else None)
-    columns = Source("", target, ignore=tuple(ignore or ()), types=_pairs("--type", type))
+    columns = source_of("", target, ignore=ignore, types=type, fields=source)
     sites = {name: replace(columns, origin=path) for name, path in _sites(site).items()}
     with Progress(quiet) as progress:
         tested = None if test is None else replace(columns, origin=test)
@@ -209,7 +214,7 @@ def report(run: RunFolder, json: Json = False) -> None:
     from anyfit.report import write_report
 
     path = write_report(run)
-    _print({"run": str(run), "report": str(path)}, json, lambda: typer.echo(path))
+    print_result({"run": str(run), "report": str(path)}, json, lambda: typer.echo(path))
 
 
 @app.command()
@@ -218,7 +223,7 @@ def show(run: RunFolder, json: Json = False) -> None:
     from anyfit.report import summary
 
     seen = summary(run)
-    _print(seen, json, lambda: print_table(["", ""], [[name, value] for name, value in seen.items()]))
+    print_result(seen, json, lambda: print_table(["", ""], [[name, value] for name, value in seen.items()]))
 
 
 @app.command()
@@ -237,7 +242,7 @@ def tasks(json: Json = False) -> None:
             typer.echo(f"{name}: {task['about']}")
             print_table(["field", "default"], [[field, value] for field, value in [*task["fields"].items(), *task["plan"].items()]])
 
-    _print(found, json, show_tasks)
+    print_result(found, json, show_tasks)
 
 
 @app.command()
@@ -249,7 +254,7 @@ def demo(
     from anyfit.cli.demo import run_demo
 
     result = run_demo(folder)
-    _print(result, json, lambda: None)
+    print_result(result, json, lambda: None)
     if not result["exact"]:
         raise typer.Exit(1)
 
@@ -279,10 +284,10 @@ def _task_and_plan(name: str, sets: list[str] | None, given: dict[str, Any], res
     from anyfit.run import read_record
     from anyfit.values import Plan
 
-    pairs = _pairs("--set", sets)
+    given_fields = pairs("--set", sets)
     plan = {name: value for name, value in given.items() if value is not None}
-    plan |= {field: value for field, value in pairs.items() if field in Plan.__dataclass_fields__}
-    values = {field: value for field, value in pairs.items() if field not in Plan.__dataclass_fields__}
+    plan |= {field: value for field, value in given_fields.items() if field in Plan.__dataclass_fields__}
+    values = {field: value for field, value in given_fields.items() if field not in Plan.__dataclass_fields__}
     if resumed is not None and (resumed / "run.json").exists():
         record = read_record(resumed)
         before = record["plan"]
@@ -291,16 +296,6 @@ def _task_and_plan(name: str, sets: list[str] | None, given: dict[str, Any], res
         plan = {**before, **plan}
         values = {**record["task"]["values"], **values}
     return load(name, values), plan
-
-
-def _pairs(option: str, items: list[str] | None) -> dict[str, Any]:
-    pairs = {}
-    for item in items or []:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise InputError(f"{option} (={item!r}) must be NAME=VALUE")
-        pairs[name] = value
-    return pairs
 
 
 def _sites(items: list[str]) -> dict[str, str]:
@@ -340,17 +335,10 @@ def _finish(done: Any, as_json: bool, more: dict[str, Any]) -> None:
             print_table(["split", *names], [[split, *(figures.get(name) for name in names)] for split, figures in splits.items()])
         typer.echo(f"run     {done.path}\nreport  {more['report']}")
 
-    _print(result, as_json, show)
+    print_result(result, as_json, show)
     if done.stopped == "signal":
         typer.echo(f"stopped by a signal; go on with: --run {done.path} --resume", err=True)
         raise typer.Exit(128 + int(done.result["signal"]))
-
-
-def _print(value: dict[str, Any], as_json: bool, show: Callable[[], object]) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(value, allow_nan=False, default=str) + "\n")
-    else:
-        show()
 
 
 def main() -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anyfit.data import Source
 from anyfit.errors import InputError
 from anyfit.fit import open_run, predict
 from anyfit.schema import Schema
@@ -17,7 +18,7 @@ from anyfit.values import write_atomic
 __all__ = ["write_predictions"]
 
 
-def write_predictions(run: Path, data: str, out: Path, device: str) -> int:
+def write_predictions(run: Path, data: Source, out: Path, device: str) -> int:
     """Predict and write; returns how many rows."""
     outputs = predict(run, data, device=device)
     schema = Schema.from_json(open_run(run)[1].schema or {})

@@ -315,7 +315,10 @@ class RowBatches(Indexed):
 class LoaderBatches(Batches):
     """A loader with a sampler of its own, or a stream: batches come as they come. No seek, no shares, no exact resume."""
 
-    def __init__(self, loader: DataLoader[Any], plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], plan: Plan, device: torch.device, augment: Callable[[Any, Uniform], Any] | None = None
+    ) -> None:
+        self._augment, self._seed, self._seen = augment, plan.seed, 0
         self.rows = None if isinstance(loader.dataset, IterableDataset) else len(loader.dataset)  # type: ignore[arg-type]
         try:
             self.steps_per_epoch = -(-len(loader) // plan.accumulate)
@@ -334,7 +337,7 @@ class LoaderBatches(Batches):
         if share is not None:
             raise InputError("a DataLoader with its own sampler cannot be shared between workers; give its data set instead")
         if position.offset == 0:
-            self._stream = iter(self._loader)
+            self._stream, self._seen = iter(self._loader), 0
         elif self._next != (position.epoch, position.offset):
             raise InputError(
                 f"a DataLoader with its own sampler cannot seek to step {position.offset} of an epoch; give its data set instead, "
@@ -343,10 +346,17 @@ class LoaderBatches(Batches):
         self._next = (position.epoch, position.offset + 1)
         batches: list[Any] = []
         for batch in self._stream:
-            batches.append(self._finish(batch))
+            batches.append(self._augmented(self._finish(batch), position.epoch))
             if len(batches) == self._accumulate:
                 break
         return batches
+
+    def _augmented(self, batch: Any, epoch: int) -> Any:
+        """A sample's position is that in which it came."""
+        if self._augment is None:
+            return batch
+        start, self._seen = self._seen, self._seen + first_tensor(batch).shape[0]
+        return self._augment(batch, uniform(self._seed, epoch, torch.arange(start, self._seen, device=self.device)))
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:

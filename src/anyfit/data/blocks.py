@@ -24,8 +24,8 @@ from anyfit.values import atomic, digest, parse, write_json
 
 __all__ = ["Blocks", "Reader", "cache_folder", "hold"]
 
-BLOCK_BYTES = 16 << 20
-HOLD_BYTES = 256 << 20  # a source of more bytes than that goes to disk
+BLOCK_BYTES = 8 << 20
+HOLD_BYTES = 128 << 20  # a source of more bytes than that goes to disk
 SAMPLE_ROWS = 100_000  # that names and types are inferred from
 
 

@@ -188,10 +188,6 @@ def make_batches(
     `columns` are the Arrow types of a stream's rows.
     """
     batches: Batches
-    if augment is not None and isinstance(rows, DataLoader | IterableDataset):
-        raise InputError(
-            "augment needs samples with a position, which a stream or a DataLoader with its own sampler has not; augment in the data set"
-        )
     if isinstance(rows, TensorDataset):
         rows = rows.tensors
     options: dict[str, Any] = {"device": device, "shuffle": shuffle, "augment": augment}
@@ -205,9 +201,9 @@ def make_batches(
         assert build is not None and columns is not None
         batches = StreamBatches(rows, build, plan, collate, columns=columns, **options)
     elif isinstance(rows, DataLoader):
-        batches = LoaderBatches(rows, plan, device)
+        batches = LoaderBatches(rows, plan, device, augment)
     elif isinstance(rows, IterableDataset):
-        batches = LoaderBatches(DataLoader(rows, batch_size=plan.batch_size, collate_fn=collate), plan, device)
+        batches = LoaderBatches(DataLoader(rows, batch_size=plan.batch_size, collate_fn=collate), plan, device, augment)
     else:
         batches = batches_in_memory(rows, plan, collate, **options)
     batches.schema = schema

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anyfit import data
 from anyfit.errors import DataError
 from anyfit.schedule import Schedule, cosine
 from anyfit.schema import Schema
 from anyfit.task import Task, adamw
 from anyfit.values import Plan
 
-__all__ = ["ConvNet", "Image", "Standardize"]
+__all__ = ["ConvNet", "Image", "StagedNet", "Standardize"]
 
 
 class Standardize(nn.Module):
@@ -56,17 +57,65 @@ class ConvNet(nn.Module):
         return logits
 
 
+def _shifted(image_BCHW: Tensor, most: int, chance_B2: Tensor) -> Tensor:
+    """Each image moved by up to `most` pixels in both directions; its border goes on."""
+    rows, _, height, width = image_BCHW.shape
+    device = image_BCHW.device
+    moves_B2 = (chance_B2 * (2 * most + 1)).long() - most
+    down_BH = (moves_B2[:, :1] + torch.arange(height, device=device)).clamp_(0, height - 1)
+    right_BW = (moves_B2[:, 1:] + torch.arange(width, device=device)).clamp_(0, width - 1)
+    moved = image_BCHW[torch.arange(rows, device=device)[:, None, None], :, down_BH[:, :, None], right_BW[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
+
+
+class StagedNet(nn.Module):
+    """Colour images: stages of two padded convolutions and a pooling, each with twice the channels, then hidden and classes."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], task: Image) -> None:
+        super().__init__()
+        width, height, breadth = shape
+        layers: list[nn.Module] = [Standardize(mean, std)]
+        channels = task.channels
+        while min(height, breadth) >= 8:
+            for out in (channels, channels):
+                layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
+                width = out
+            layers += [nn.MaxPool2d(2), nn.Dropout2d(task.dropout / 2)]
+            height, breadth, channels = height // 2, breadth // 2, min(2 * channels, 8 * task.channels)
+        layers += [nn.Flatten(), nn.Linear(width * height * breadth, task.hidden), nn.ReLU(), nn.Dropout(2 * task.dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(task.hidden, num_classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.layers(image)
+        return logits
+
+
 class Image(Task):
-    """Classify images (uint8 or float, C x H x W). Batch: `image` (B, C, H, W), `target` (B,)."""
+    """Classify images (uint8 or float, C x H x W). Batch: `image` (B, C, H, W), `target` (B,).
+
+    Training images are shifted by up to `shift` pixels and, with `flip`, mirrored at random; None: colour images are, by an
+    eighth of their width. (A mirrored digit is another digit.)
+    """
 
     channels: int = 32
     hidden: int = 128
     dropout: float = 0.25
+    shift: int | None = None
+    flip: bool | None = None
+    balance: bool = False
     lr: float = 1e-3
     weight_decay: float = 0.01
 
     def plan(self) -> Plan:
-        return Plan(epochs=3, batch_size=64)
+        return Plan(steps=3000, batch_size=64)
+
+    def augment(self, batch: Any, uniform: data.Uniform) -> Any:
+        image_BCHW: Tensor = batch["image"]
+        colour = image_BCHW.shape[1] == 3
+        shift = (image_BCHW.shape[3] // 8 if colour else 0) if self.shift is None else self.shift
+        if colour if self.flip is None else self.flip:
+            image_BCHW = torch.where((uniform() < 0.5)[:, None, None, None], image_BCHW.flip(3), image_BCHW)
+        return {**batch, "image": _shifted(image_BCHW, shift, uniform(2)) if shift else image_BCHW}
 
     def build_model(self, schema: Schema) -> nn.Module:
         images = schema.of_type("image")
@@ -76,7 +125,8 @@ class Image(Task):
         column = images[0]
         mean = column.mean if isinstance(column.mean, tuple) else (0.0,) * column.shape[0]
         std = column.std if isinstance(column.std, tuple) else (1.0,) * column.shape[0]
-        return ConvNet(column.shape, schema.num_classes, mean, std, self)
+        network = StagedNet if column.shape[0] == 3 and min(column.shape[1:]) >= 16 else ConvNet
+        return network(column.shape, schema.num_classes, mean, std, self)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return adamw(model, lr=self.lr, weight_decay=self.weight_decay)
