@@ -27,6 +27,15 @@ COMMANDS = typer.main.get_command(app)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def commands(group: Any = COMMANDS, prefix: str = "") -> dict[str, Any]:
+    """Every command by its whole name."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        whole = f"{prefix}{name}"
+        found |= commands(command, f"{whole} ") if hasattr(command, "commands") else {whole: command}
+    return found
+
+
 def commands_page() -> str:
     """docs/commands.md, from the commands' own help."""
     page = [
@@ -35,7 +44,7 @@ def commands_page() -> str:
         "From the commands' own help (`anyfit COMMAND --help`). Progress goes to stderr, what was found to stdout.",
         "",
     ]
-    for name, command in COMMANDS.commands.items():  # type: ignore[attr-defined]
+    for name, command in commands().items():
         page += [f"## anyfit {name}", "", command.help, "", "| option | |", "|---|---|"]
         for parameter in command.params:
             if parameter.name == "help":
@@ -97,8 +106,8 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[:1] == ["anyfit"]:
-            command = COMMANDS.commands[words[1]]  # type: ignore[attr-defined]
-            command.make_context(words[1], words[2:])  # refuses unknown options and missing ones
+            name = next(name for name in (" ".join(words[1:3]), words[1]) if name in commands())
+            commands()[name].make_context(name, words[1 + len(name.split()) :])  # refuses unknown options and missing ones
         elif words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
 

@@ -20,6 +20,15 @@ __all__ = ["UsedRows", "used_rows"]
 
 WORTH = 0.9  # share of rows in use up to which it pays
 SMALLEST = 1 << 16  # numbers in a table below which it does not
+HOOKS = (  # where torch keeps them
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_post_accumulate_grad_hooks",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+)
 
 
 class UsedRows:
@@ -63,6 +72,7 @@ class UsedRows:
                 torch.index_select(self.table.weight.detach(), 0, self.others, out=self.rest)
         self._move(self.table.weight, self.small, lambda whole: whole[self.rows])
         self.table.forward = self._forward  # type: ignore[method-assign,assignment]
+        self._hook = self.optimizer.register_step_pre_hook(self._decay)
         self.inside = True
 
     def leave(self) -> None:
@@ -75,6 +85,7 @@ class UsedRows:
                 self.table.weight.index_copy_(0, self.others, self.rest)
         self._move(self.small, self.table.weight, self._whole)
         del self.table.forward
+        self._hook.remove()
         self.inside = False
 
     def _whole(self, part: Tensor) -> Tensor:
@@ -92,14 +103,18 @@ class UsedRows:
         old.grad = None
         self._swap(old, new)
 
+    def _decay(self, optimizer: Optimizer, *_: Any) -> None:
+        """Decay the rows that the optimizer does not see. A step that fp16 skips for its infinities decays nothing either."""
+        skipped = getattr(optimizer, "found_inf", None)
+        if self._decays and self._group["weight_decay"] and not (skipped is not None and bool(skipped)):
+            self.rest.mul_(1.0 - self._group["lr"] * self._group["weight_decay"])
+
     def stepped(self) -> None:
-        """Decay the rows that the optimizer did not see; called before each of its steps."""
+        """Refuse a gradient that went past the rows in use; called before each step of the optimizer."""
         if self.table.weight.grad is not None:
             raise TaskError(
                 "the loss reads the whole table of word vectors beside looking words up in it, so all rows must train; pass used_rows=False"
             )
-        if self._decays and self._group["weight_decay"]:
-            self.rest.mul_(1.0 - self._group["lr"] * self._group["weight_decay"])
 
 
 def used_rows(
@@ -113,7 +128,7 @@ def used_rows(
     lookups = getattr(model, "lookups", None)
     if lookups is None:
         return []
-    result = []
+    result: list[UsedRows] = []
     names = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     for name, (table, extra) in lookups().items():
         weight, column = table.weight, columns.get(name)
@@ -148,7 +163,7 @@ def _plain(table: nn.Embedding) -> bool:
 
 def _heard(thing: object) -> bool:
     """Whether hooks hang at a module, a parameter or an optimizer: they would see other parameters."""
-    return any(found for name, found in vars(thing).items() if name.endswith("_hooks")) or bool(getattr(thing, "_backward_hooks", None))
+    return any(getattr(thing, name, None) for name in HOOKS)
 
 
 def _same(optimizer: Optimizer, weight: nn.Parameter) -> bool:

@@ -14,36 +14,35 @@ __all__ = ["ConvolvedMaximum", "TanhRNN"]
 
 
 class _Unrolled(torch.autograd.Function):
-    """h_t = tanh(x_t + W h_{t-1}) from h = 0, as one node of the graph: the gradient of W is one product over all steps.
+    """h_t = tanh(U x_t + b + W h_{t-1}) from h = 0, as one node of the graph: the gradient of W is one product over all steps.
 
-    Inputs x (T, B, H) are summed from both biases already. Torch's own backward adds up a product for every step.
+    Torch's own backward adds up a product for every step. Everything is done in place of the projected inputs.
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs_TBH: Tensor, weight_HH: Tensor) -> Tensor:
-        steps, rows, hidden = inputs_TBH.shape
-        states_TBH = torch.empty(steps, rows, hidden, dtype=inputs_TBH.dtype, device=inputs_TBH.device)
-        turned_HH = weight_HH.t().contiguous()
-        inputs, states = inputs_TBH.unbind(0), states_TBH.unbind(0)
-        torch.tanh(inputs[0], out=states[0])
-        for step in range(1, steps):
-            torch.addmm(inputs[step], states[step - 1], turned_HH, out=states[step]).tanh_()
-        ctx.save_for_backward(states_TBH, weight_HH)
+    def forward(ctx: Any, inputs_BTI: Tensor, into_HI: Tensor, weight_HH: Tensor, bias_H: Tensor) -> Tensor:
+        rows, steps, width = inputs_BTI.shape
+        flat = inputs_BTI.transpose(0, 1).reshape(-1, width)
+        states_TBH = torch.addmm(bias_H, flat, into_HI.t()).view(steps, rows, -1)
+        turned_HH, before = weight_HH.t().contiguous(), None
+        for state in states_TBH.unbind(0):
+            before = state.tanh_() if before is None else state.addmm_(before, turned_HH).tanh_()
+        ctx.save_for_backward(flat, into_HI, weight_HH, states_TBH)
         return states_TBH
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        states_TBH, weight_HH = ctx.saved_tensors
-        (gradient_TBH,) = gradients
-        steps, _, hidden = states_TBH.shape
-        slopes_TBH = 1 - states_TBH * states_TBH
-        inner_TBH = torch.empty_like(states_TBH)  # gradients of what tanh was taken of
-        slopes, inner, outer = slopes_TBH.unbind(0), inner_TBH.unbind(0), gradient_TBH.unbind(0)
-        torch.mul(outer[-1], slopes[-1], out=inner[-1])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        flat, into_HI, weight_HH, states_TBH = ctx.saved_tensors
+        steps, rows, hidden = states_TBH.shape
+        inner_TBH = gradients[0].clone(memory_format=torch.contiguous_format)  # becomes that of what tanh was taken of
+        inner, slopes = inner_TBH.unbind(0), (1 - states_TBH * states_TBH).unbind(0)
+        later = inner[-1].mul_(slopes[-1])
         for step in range(steps - 2, -1, -1):
-            torch.addmm(outer[step], inner[step + 1], weight_HH, out=inner[step]).mul_(slopes[step])
+            later = inner[step].addmm_(later, weight_HH).mul_(slopes[step])
+        each = inner_TBH.view(-1, hidden)
         weight = inner_TBH[1:].reshape(-1, hidden).t() @ states_TBH[:-1].reshape(-1, hidden)
-        return inner_TBH, weight
+        inputs = (each @ into_HI).view(steps, rows, -1).transpose(0, 1)
+        return inputs, each.t() @ flat, weight, each.sum(0)
 
 
 class TanhRNN(nn.RNN):
@@ -57,8 +56,7 @@ class TanhRNN(nn.RNN):
         if inputs_BTI.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return self(inputs_BTI)[0].transpose(0, 1)  # type: ignore[no-any-return]
         into_HI, weight_HH, bias_H, other_H = (weight for weight in self._flat_weights if weight is not None)
-        projected_TBH = nn.functional.linear(inputs_BTI.transpose(0, 1), into_HI, bias_H + other_H)
-        return _Unrolled.apply(projected_TBH, weight_HH)  # type: ignore[no-untyped-call,no-any-return]
+        return _Unrolled.apply(inputs_BTI, into_HI, weight_HH, bias_H + other_H)  # type: ignore[no-untyped-call,no-any-return]
 
 
 NARROW = 128  # channels times taps up to which one product and shifted sums are faster than a convolution
@@ -76,6 +74,11 @@ class ConvolvedMaximum(nn.Conv1d):
     def forward(self, inputs_BTI: Tensor, ended_BT: Tensor | None = None) -> Tensor:
         """`ended_BT`: which steps are padding."""
         assert self.bias is not None
+        sums, dim = self._sums(inputs_BTI, ended_BT)
+        return (sums.max(dim)[0] + self.bias).relu()
+
+    def _sums(self, inputs_BTI: Tensor, ended_BT: Tensor | None) -> tuple[Tensor, int]:
+        """The convolution without bias, and the dimension of its steps."""
         size, left = self.kernel_size[0], (self.kernel_size[0] - 1) // 2
         if size * self.out_channels <= NARROW and inputs_BTI.device.type == "cpu":
             rows, steps, width = inputs_BTI.shape
@@ -90,4 +93,23 @@ class ConvolvedMaximum(nn.Conv1d):
             sums_BTC, dim = nn.functional.conv1d(padded_BIT, self.weight), 2
         if ended_BT is not None:
             sums_BTC = sums_BTC.masked_fill(ended_BT.unsqueeze(3 - dim), -torch.inf)
-        return (sums_BTC.max(dim)[0] + self.bias).relu()
+        return sums_BTC, dim
+
+    def looked_up(self, table: nn.Embedding, ids_BT: Tensor, ended_BT: Tensor) -> Tensor:
+        """The same for the vectors of `ids_BT`, where few filters meet long texts: the maxima are found without a graph, and only the
+        words beneath them are looked up once more with one. Everything else has no gradient.
+        """
+        assert self.bias is not None
+        size, left, steps = self.kernel_size[0], (self.kernel_size[0] - 1) // 2, ids_BT.shape[1]
+        if size * self.out_channels * 2 > steps or not torch.is_grad_enabled() or ids_BT.device.type != "cpu":
+            return self(table(ids_BT), ended_BT)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            sums, dim = self._sums(table(ids_BT), ended_BT)
+            places_BC = sums.max(dim)[1]
+        steps_BCK = places_BC[:, :, None] + torch.arange(-left, size - left)
+        inside_BCK = (steps_BCK >= 0) & (steps_BCK < steps)
+        flat_BCK = steps_BCK.clamp_(0, steps - 1) + torch.arange(0, ids_BT.numel(), steps)[:, None, None]
+        words_BCKI = table(ids_BT.reshape(-1)[flat_BCK])
+        sums_BC = ((words_BCKI * self.weight.transpose(1, 2)).sum(3) * inside_BCK).sum(2)
+        out: Tensor = (sums_BC + self.bias).relu()
+        return out

@@ -152,12 +152,16 @@ class _Embedded(nn.Module):
         """Which table a batch's entry indexes, and which rows are looked up beside: the unknown word."""
         return {"input_ids": (self.embeddings, () if self.unknown_id is None else (self.unknown_id,))}
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, E)"""
+    def thinned(self, input_ids: Tensor) -> Tensor:
+        """(B, T) with some words taken for unknown while training."""
         if self.training and self.unknown and self.unknown_id is not None:
             dropped = torch.rand(input_ids.shape, device=input_ids.device) < self.unknown
             input_ids = torch.where(dropped & (input_ids != self.embeddings.padding_idx), self.unknown_id, input_ids)
-        out: Tensor = self.embeddings(input_ids)
+        return input_ids
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, E)"""
+        out: Tensor = self.embeddings(self.thinned(input_ids))
         return out
 
     def finish(self, pooled_BH: Tensor) -> Tensor:
@@ -179,9 +183,12 @@ class ConvolutionalClassifier(_Embedded):
         self.convolutions = nn.ModuleList(ConvolvedMaximum(task.embedding, task.filters, width) for width in task.widths)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        words_BTE, ended_BT = self.embed(input_ids), _ended(input_ids, lengths)
+        ended_BT = _ended(input_ids, lengths)
+        if len(self.convolutions) == 1:
+            return self.finish(self.convolutions[0].looked_up(self.embeddings, self.thinned(input_ids), ended_BT))  # type: ignore[operator]
+        words_BTE = self.embed(input_ids)
         pooled = [convolution(words_BTE, ended_BT) for convolution in self.convolutions]
-        return self.finish(pooled[0] if len(pooled) == 1 else torch.cat(pooled, 1))
+        return self.finish(torch.cat(pooled, 1))
 
 
 class TextCNN(TextNetwork):
