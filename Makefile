@@ -21,7 +21,7 @@ PYTHON ?= $(firstword $(foreach name,$(NAMES),$(shell $(name) -c '$(PROBE)' 2>/d
 PINNED_TORCH = $(shell grep '^torch==' constraints.txt)
 TORCH_SPEC = $(if $(TORCH),$(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH)),$(PINNED_TORCH))
 
-.PHONY: help setup demo test test-full check format docs bench clean
+.PHONY: help setup demo test test-full check format docs bench bench-text bench-large clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -70,6 +70,12 @@ docs: $(READY) ## the pages, into docs/_build/html; a warning is an error
 
 bench: $(READY) ## the engine against raw loops and other trainers (ARGS=--json for figures)
 	@$(PY) benchmarks/engine.py $(ARGS)
+
+bench-text: $(READY) ## text models against raw loops and other trainers
+	@$(PY) benchmarks/text.py $(ARGS)
+
+bench-large: $(READY) ## memory on a CSV of 5 GB
+	@$(PY) benchmarks/large.py $(ARGS)
 
 clean: ## remove what builds and tests leave; environments and runs stay
 	@rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import torch
+
 import anyfit
+from anyfit import Schema, Source
 
 ENCODER = ("bert.embeddings.*", "bert.encoder.*")  # what is frozen; the pooler and the last layer always train
 THINGS = {
@@ -33,57 +37,74 @@ def read_texts(path: Path) -> list[str]:
     return [line.partition(" ")[2] if path.suffix == ".label" else line for line in lines if line]
 
 
-def read_labelled(path: Path) -> dict[str, list[str]]:
-    if path.suffix == ".label":
-        labels = [line.partition(":")[0] for line in path.read_text("latin-1").splitlines() if line]
-        return {"text": read_texts(path), "target": labels}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [row[name] for row in rows] for name in ("text", "target")}
+def read_labelled(path: Path) -> pa.Table:
+    if path.suffix != ".label":
+        with path.open(newline="", encoding="utf-8") as file:
+            return pa.Table.from_pylist(list(csv.DictReader(file))).select(["text", "target"])
+    labels = [line.partition(":")[0] for line in path.read_text("latin-1").splitlines() if line]
+    return pa.table({"text": read_texts(path), "target": labels})
 
 
-def make_questions(count: int, seed: int) -> dict[str, list[str]]:
+def make_questions(count: int, seed: int) -> pa.Table:
     """Questions whose first words and whose noun both tell the label; some have only the noun."""
     draw, rows = random.Random(seed), []
     for _ in range(count):
         label = draw.choice(list(THINGS))
         first, nouns, second = THINGS[label]
-        start = draw.choice((first, second, "tell me about"))
-        rows.append((f"{start} the {draw.choice(('old', 'great', 'first', 'famous'))} {draw.choice(nouns.split())} ?", label))
-    return {"text": [text for text, _ in rows], "target": [label for _, label in rows]}
-
-
-def main(given: argparse.Namespace, out: Path) -> None:
-    train = read_labelled(given.labelled) if given.labelled else make_questions(400, 0)
-    test = read_labelled(given.test) if given.test else make_questions(200, 1)
-    texts = [text for path in given.texts for text in read_texts(path)] or train["text"]
-    width, layers = (32, 1) if given.quick else (given.width, given.layers)
-    config = {
-        "model_type": "bert",
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(2, width // 32),
-        "intermediate_size": 4 * width,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": given.dropout,
-        "attention_probs_dropout_prob": given.dropout,
-    }
-    language = anyfit.HuggingFace(config=config, objective="masked-lm", vocabulary_size=given.vocabulary, max_length=64, lr=given.lr)
-    steps = 100 if given.quick else given.steps
-    run = anyfit.fit(language, {"text": texts}, steps=steps, batch_size=32, log_every=max(1, steps // 10), on_event=tell)
-    language.save(run.model, run.schema, out)
-    print(f"\n{'encoder':<22}accuracy")
-    frozen: dict[str, Any] = {"model": str(out), "freeze": ENCODER, "lr": 5e-3, "max_length": 64}
-    ways = {
-        "frozen, pre-trained": anyfit.HuggingFace(**frozen),
-        "frozen, random": anyfit.HuggingFace(**frozen, pretrained=False),
-        "unfrozen, pre-trained": anyfit.HuggingFace(model=str(out), lr=5e-4, max_length=64),
-    }
-    for name, task in ways.items():
-        fitted = anyfit.fit(task, train, test=test, target="target", epochs=3 if given.quick else 10)
-        print(f"{name:<22}{fitted.splits['test']['accuracy']:.3f}")
+        start, kind = draw.choice((first, second, "tell me about")), draw.choice(("old", "great", "first", "famous"))
+        rows.append({"text": f"{start} the {kind} {draw.choice(nouns.split())} ?", "target": label})
+    return pa.Table.from_pylist(rows)
 
 
 def tell(event: dict[str, Any]) -> None:
     if event["event"] == "step":
         print(f"step {event['step']:>5}  loss of masked words {event['loss']:.3f}", flush=True)
+
+
+def main(given: argparse.Namespace, out: Path) -> None:
+    train = read_labelled(given.labelled) if given.labelled else make_questions(600, 0)
+    test = read_labelled(given.test) if given.test else make_questions(200, 1)
+    texts = [text for path in given.texts for text in read_texts(path)] or train["text"].to_pylist()
+    config = {
+        "model_type": "bert",
+        "hidden_size": 32 if given.quick else 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64 if given.quick else 512,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2 if given.quick else 0.02,
+        "hidden_dropout_prob": 0.0,  # a small model that sees each word a few times learns more without
+        "attention_probs_dropout_prob": 0.0,
+    }
+    language = anyfit.HuggingFace(config=config, objective="masked-lm", vocabulary_size=2000, max_length=32, lr=1e-3)
+    steps = 80 if given.quick else given.steps
+    source = Source(pa.table({"text": texts}), types={"text": "text"})
+    run = anyfit.fit(language, source, steps=steps, batch_size=32, log_every=max(1, steps // 10), on_event=tell)
+    place = language.save(run.model, Schema.from_json(run.record["schema"]), out)
+
+    frozen: dict[str, Any] = {"model": str(place), "max_length": 64, "freeze": ENCODER, "lr": 5e-3}
+    ways = {
+        "frozen, pre-trained": anyfit.HuggingFace(**frozen),
+        "frozen, random": anyfit.HuggingFace(**frozen, pretrained=False),
+        "unfrozen, pre-trained": anyfit.HuggingFace(model=str(place), max_length=64, lr=3e-3 if given.quick else 5e-4),
+    }
+    labelled = Source(train, target="target", types={"text": "text"})
+    print(f"\n{'encoder':<23}accuracy on {test.num_rows} questions")
+    for name, task in ways.items():
+        fitted = anyfit.fit(task, labelled, test=test, epochs=6 if given.quick else 10)
+        print(f"{name:<23}{fitted.splits['test']['accuracy']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("texts", nargs="*", type=Path, help="files to learn the language from")
+    parser.add_argument("--labelled", type=Path, help="questions to learn to tell apart")
+    parser.add_argument("--test", type=Path, help="questions to be told apart")
+    parser.add_argument("--steps", type=int, default=3000, help="of learning the language")
+    parser.add_argument("--out", type=Path, help="a new folder for the model; it is thrown away otherwise")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and a few steps")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        torch.set_num_threads(1)  # threads gain nothing with so small a model
+    with tempfile.TemporaryDirectory() as temporary:
+        main(arguments, arguments.out or Path(temporary) / "bert")

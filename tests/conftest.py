@@ -16,6 +16,14 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No test reads what another run of them kept, or leaves anything behind."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ANYFIT_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of MNIST, Adult and the others; tests that need it are skipped where it is not."""

@@ -384,3 +384,41 @@ def test_help_loads_neither_torch_nor_numpy() -> None:
     script = "import sys\nsys.argv = ['anyfit', '--help']\nfrom anyfit.cli import main\ntry: main()\nexcept SystemExit: pass\nprint({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_what_is_refused_leaves_no_folder(anyfit: Run, tmp_path: Path) -> None:
+    assert anyfit("fit", "image", "--data", "digits", "--target", "nothing", "--run", "r").code == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_data_is_described_published_and_compared(anyfit: Run, tmp_path: Path) -> None:
+    rows = [f"{20 + n % 50},{'rare' if n == 7 else 'common'},{n % 2}" for n in range(100)]
+    (tmp_path / "a.csv").write_text("\n".join(["age,job,ill", *rows]) + "\n")
+    (tmp_path / "b.csv").write_text("\n".join(["age;job;ill;site", *(f"{row.replace(',', ';')};north" for row in rows)]) + "\n")
+    seen = anyfit("data", "describe", "--data", "a.csv", "--target", "ill", "--out", "schema.json", "--json").json
+    assert seen["rows"] == {"train": 100} and seen["target"] == "ill"
+    assert {column["name"]: column["type"] for column in seen["columns"]} == {
+        "age": "continuous",
+        "job": "categorical",
+        "ill": "categorical",
+    }
+    assert "rare" in anyfit("data", "describe", "--data", "a.csv").out
+    told = anyfit("data", "describe", "--data", "a.csv", "--target", "ill", "--published")
+    assert "common" in told.out and "rare" not in told.out
+    assert "rare" in anyfit("data", "describe", "--data", "a.csv", "--published", "--allow", "job").out
+    assert anyfit("data", "compare", "schema.json", "a.csv", "--target", "ill").code == 0
+    other = anyfit("data", "compare", "schema.json", "b.csv", "--target", "ill")
+    assert other.code == 1 and "column 'site' (categorical) is only in the other" in other.out
+    forced = anyfit("data", "describe", "--data", "a.csv", "--type", "age=categorical", "--json").json
+    assert forced["columns"][0]["type"] == "categorical"
+
+
+def test_more_can_be_said_of_the_data(anyfit: Run, tmp_path: Path) -> None:
+    rows = [f"{n % 7}|{'unknown' if n % 100 == 0 else n * 1.5}|{n % 3}|{n % 2}" for n in range(200)]
+    (tmp_path / "t.csv").write_text("\n".join(["x|z|w|y", *rows]) + "\n", encoding="utf-16")
+    base = ("fit", "tabular", "--data", "t.csv", "--target", "y", "--quiet", "--json", "--epochs", 1, "--batch-size", 50)
+    refused = anyfit(*base, "--source", "delimiter=|")
+    assert refused.code == 2 and "column 'z' holds numbers, but 'unknown' in row 1" in refused.err
+    done = anyfit(*base, "--source", "delimiter=|", "--source", "missing=unknown", "--source", "weight=w")
+    assert done.json["steps"] == 4
+    assert "--source (='colour') is no field of the data" in anyfit(*base, "--source", "colour=1").err

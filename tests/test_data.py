@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import math
 import pickle
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
 import torch
@@ -38,12 +42,16 @@ from anyfit.data import (
     taken_apart,
     tensor_schema,
     to_tensors,
+    word_statistics,
 )
 from anyfit.data.hashes import pixels_of
 from anyfit.data.sources import image_column
 from anyfit.errors import DataError, InputError
+from anyfit.prepare import infer
 from anyfit.schema import Column
 from anyfit.state import Position
+from anyfit.update import Update
+from anyfit.values import canonical, parse
 
 CPU = torch.device("cpu")
 
@@ -430,7 +438,7 @@ def test_a_target_that_is_missing_is_left_out_as_a_class_and_refused_as_a_number
         to_tensors(pa.table({"y": [1.0, None, float("nan")]}), schema)
     with pytest.raises(DataError, match=re.escape("target (='y') is not a column; the table has: x")):
         to_tensors(pa.table({"x": [1.0]}), schema)
-    with pytest.raises(DataError, match="column 'y' is continuous but holds string that is no number"):
+    with pytest.raises(DataError, match="column 'y' is continuous but holds 'a' in row 1, which is no number"):
         to_tensors(pa.table({"y": ["a"]}), schema)
 
 
@@ -527,6 +535,261 @@ def test_a_fingerprint_draws_no_number_and_leaves_a_data_set_that_moves_alone() 
     before = torch.get_rng_state()
     assert fingerprint(Moving(5)) == fingerprint(Moving(5))
     assert torch.equal(before, torch.get_rng_state())
+
+
+# Frames of any types, from inference to tensors
+
+
+def column_of(kind: str, rows: int) -> st.SearchStrategy[pa.Array]:
+    moments = st.datetimes(datetime(1800, 1, 1), datetime(2200, 1, 1))  # noqa: DTZ001 - as stored
+    values: dict[str, tuple[st.SearchStrategy[Any], pa.DataType]] = {
+        "int": (st.integers(-(2**40), 2**40), pa.int64()),
+        "float": (st.floats(-1e12, 1e12) | st.just(math.nan), pa.float64()),
+        "single": (st.floats(-1e6, 1e6, width=32), pa.float32()),
+        "decimal": (st.decimals(-999, 999, places=2), pa.decimal128(8, 2)),
+        "bool": (st.booleans(), pa.bool_()),
+        "word": (st.sampled_from(["a", "b", "", " ", "é", "1", "NA", "a b c"]), pa.string()),
+        "coded": (st.sampled_from(["x", "y"]), pa.dictionary(pa.int8(), pa.string())),
+        "date": (moments.map(lambda moment: moment.date()), pa.date32()),
+        "moment": (moments, pa.timestamp("us")),
+        "zoned": (moments.map(lambda moment: moment.replace(tzinfo=UTC)), pa.timestamp("ms", "UTC")),
+        "null": (st.none(), pa.null()),
+        "empty": (st.none(), pa.string()),
+        "nan": (st.just(math.nan), pa.float64()),
+    }
+    values_, arrow = values[kind]
+    if arrow == pa.timestamp("ms", "UTC"):
+        values_ = values_.map(lambda moment: moment.replace(microsecond=0))
+    return st.lists(st.none() | values_, min_size=rows, max_size=rows).map(lambda items: pa.array(items, arrow))
+
+
+KINDS = ["int", "float", "single", "decimal", "bool", "word", "coded", "date", "moment", "zoned", "null", "empty", "nan"]
+LABELS = {
+    "labels": st.none() | st.lists(st.sampled_from("pqr"), max_size=4),
+    "class": st.none() | st.sampled_from(["no", "yes"]),
+    "grade": st.none() | st.integers(0, 4),
+    "price": st.floats(-1e6, 1e6),
+}
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[pa.Table, str | None]:
+    rows = draw(st.integers(1, 25))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))
+    columns = {f"{kind}{index}": draw(column_of(kind, rows)) for index, kind in enumerate(kinds)}
+    target = draw(st.none() | st.sampled_from(sorted(LABELS)))
+    if target is not None:
+        arrow = {"labels": pa.list_(pa.string()), "class": pa.string(), "grade": pa.int64(), "price": pa.float64()}[target]
+        columns[target] = pa.array(draw(st.lists(LABELS[target], min_size=rows, max_size=rows)), arrow)
+    return pa.table(columns), target
+
+
+@given(frames(), st.data())
+@settings(max_examples=80)
+def test_any_frame_goes_from_inference_to_finite_tensors_of_the_schemas_shapes(given_: tuple[pa.Table, str | None], data: Any) -> None:
+    table, target = given_
+    schema = infer_schema(table, target)
+    schema = Schema.from_json(parse(canonical(fitted(schema, statistics(table, schema)).to_json())))
+    tensors = to_tensors(table, schema)
+    rows = table.num_rows
+    assert ("continuous" in tensors) == bool(schema.num_continuous) and ("categorical" in tensors) == bool(schema.cardinalities)
+    if schema.num_continuous:
+        assert tensors["continuous"].shape == (rows, schema.num_continuous) and bool(tensors["continuous"].isfinite().all())
+        numbers = tensors["continuous"][:, : len(schema.of_type("continuous"))]
+        assert not numbers.numel() or float(numbers.abs().max()) < 100, "standardised"
+    if schema.cardinalities:
+        codes = tensors["categorical"]
+        assert codes.shape == (rows, len(schema.cardinalities))
+        assert bool((codes >= 0).all()) and all(int(codes[:, place].max()) < size for place, size in enumerate(schema.cardinalities))
+        assert not bool((codes == 1).any()), "1 is what training did not have"
+    if target is not None:
+        labels = tensors["target"]
+        assert labels.shape == ((rows, schema.num_classes) if target == "labels" else (rows,))
+        if target == "labels":
+            plain = [
+                [-100] * schema.num_classes if row is None else [int(word in row) for word in schema.classes or ()]
+                for row in table[target].to_pylist()
+            ]
+            assert labels.tolist() == plain
+        elif target == "price":
+            assert labels.tolist() == table[target].to_pylist()
+        else:
+            assert [None if label == -100 else (schema.classes or ())[label] for label in labels.tolist()] == [
+                None if value is None else str(value) for value in table[target].to_pylist()
+            ]
+    start = data.draw(st.integers(0, rows - 1))
+    part = to_tensors(table.slice(start), schema)
+    assert all(torch.equal(part[name], tensors[name][start:]) for name in tensors), "a row's numbers are its own"
+
+
+@given(frames(), st.lists(st.integers(0, 25), max_size=3))
+@settings(max_examples=60)
+def test_statistics_of_any_parts_add_up_to_those_of_all_rows(given_: tuple[pa.Table, str | None], cuts: list[int]) -> None:
+    table, target = given_
+    schema = infer_schema(table, target)
+    bounds = [0, *sorted(min(cut, table.num_rows) for cut in cuts), table.num_rows]
+    total = sum((statistics(table.slice(first, last - first), schema) for first, last in pairwise(bounds)), start=Update())
+    one, other = fitted(schema, statistics(table, schema)), fitted(schema, total)
+    for a, b in zip(one.columns, other.columns, strict=True):
+        assert (a.name, a.type, a.categories, a.missing) == (b.name, b.type, b.categories, b.missing)
+        assert b.mean == (None if a.mean is None else pytest.approx(a.mean, rel=1e-9, abs=1e-9))
+        assert b.std == (None if a.std is None else pytest.approx(a.std, rel=1e-5, abs=1e-6))
+
+
+@given(st.lists(st.text("ab é.", max_size=12), min_size=1, max_size=20), st.integers(0, 20), st.booleans())
+def test_words_of_any_parts_add_up_to_those_of_all_texts(texts: list[str], cut: int, lowercase: bool) -> None:
+    column = pa.chunked_array([pa.array(texts, pa.string())])
+    whole = word_statistics(column, "text", lowercase=lowercase)
+    parts = word_statistics(column.slice(0, cut), "text", lowercase=lowercase) + word_statistics(
+        column.slice(cut), "text", lowercase=lowercase
+    )
+    assert parts.count("words:text") == whole.count("words:text") == len(texts)
+    assert {w: int(c) for w, c in parts.sums("words:text").items()} == {w: int(c) for w, c in whole.sums("words:text").items()}
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_preprocessing_never_sees_rows_to_validate_or_test_on(data: Any) -> None:
+    """Whatever stands in them, what is fitted is the same."""
+    rows = data.draw(st.integers(4, 30))
+    fold = data.draw(
+        st.lists(st.sampled_from(["train", "validation", "test"]), min_size=rows, max_size=rows).filter(lambda f: "train" in f)
+    )
+    table = pa.table({"x": range(rows), "word": list("abcd" * rows)[:rows], "seen": pa.array(range(rows), pa.timestamp("s")), "fold": fold})
+    inside = pc.equal(table["fold"], "train")
+    other = table
+    for name, value in (("x", 10**9), ("word", "unseen"), ("seen", datetime(1900, 1, 1))):  # noqa: DTZ001
+        other = other.set_column(other.column_names.index(name), name, pc.if_else(inside, table[name], pa.scalar(value, table[name].type)))
+    source = [Source(one, target="word", split="fold") for one in (table, other)]
+    parts = [read_splits(one, None, None, wants_validation=False)["train"] for one in source]
+    schemas = [infer(one, part) for one, part in zip(source, parts, strict=True)]
+    assert fitted(schemas[0], statistics(parts[0], schemas[0])) == fitted(schemas[1], statistics(parts[1], schemas[1]))
+
+
+# What is wrong in a table
+
+
+def test_a_column_that_training_lacked_altogether_says_nothing_later() -> None:
+    table = pa.table({"x": pa.array([None, None], pa.float64()), "when": pa.array([None, None], pa.timestamp("s")), "y": [1.0, 2.0]})
+    schema = infer_schema(table, "y")
+    schema = Schema.from_json(parse(canonical(fitted(schema, statistics(table, schema)).to_json())))
+    later = pa.table({"x": ["many", "words"], "when": pa.array([1, 2], pa.timestamp("s")), "y": [1.0, 2.0]})
+    assert torch.equal(to_tensors(later, schema)["continuous"], to_tensors(table, schema)["continuous"])
+    assert not to_tensors(later, schema)["continuous"].any() and schema.num_continuous == 8
+
+
+@pytest.mark.parametrize(
+    ("column", "types", "message"),
+    [
+        ([1.0, math.inf, 2.0], {}, "column 'v' holds an infinite number in row 2; mark it as missing or drop the row"),
+        ([1e200, 2.0, -1e300], {}, "column 'v' holds 1e+300, which is too large to be standardised; leave the column out"),
+        (["1", "x", "2"], {"v": "continuous"}, "column 'v' is continuous but holds 'x' in row 2, which is no number"),
+        (["1", "x", "2"], {"v": "datetime"}, "column 'v' is a datetime but holds string that is none"),
+        ([{"a": 1}] * 3, {}, "column 'v' holds struct<a: int64>, which has no semantic type"),
+        ([["a"], ["b"], []], {}, "column 'v' holds list<"),
+        ([["a"], ["b"], []], {"v": "categorical"}, "column 'v' holds lists of categories, which only a single target may"),
+    ],
+    ids=range(7),
+)
+def test_values_that_no_model_can_take_are_named(column: list[Any], types: dict[str, Any], message: str) -> None:
+    table = pa.table({"v": column, "target": [0, 1, 0]})
+    with pytest.raises(DataError, match=re.escape(message)):
+        schema = infer_schema(table, "target", types=types)
+        fitted(schema, statistics(table, schema))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -0.5, 1.0], "weight 'w' is -0.5 in row 2; weights must be numbers from 0 up"),
+        ([1.0, math.nan, 1.0], "weight 'w' is nan in row 2"),
+        ([1.0, 1.0, None], "weight 'w' is nan in row 3"),
+        ([0.0, 0.0, 0.0], "weight 'w' is 0 in all rows; at least one must count"),
+        ([math.inf, 1.0, 1.0], "column 'w' holds an infinite number in row 1"),
+        (["a", "b", "c"], "column 'w' is continuous but holds 'a' in row 1"),
+    ],
+    ids=range(6),
+)
+def test_weights_that_weigh_nothing_are_refused_before_training(weights: list[Any], message: str) -> None:
+    table = pa.table({"x": [1.0, 2.0, 3.0], "w": pa.array(weights), "target": [0, 1, 0]})
+    schema = infer_schema(table, "target", weight="w")
+    with pytest.raises(DataError, match=re.escape(message)):
+        fitted(schema, statistics(table, schema))
+    with pytest.raises(DataError, match=re.escape("weight (='w') is not a column; the table has: x, target")):
+        statistics(table.drop_columns(["w"]), schema)
+
+
+def test_targets_must_be_of_one_type_and_a_number_or_a_class() -> None:
+    table = pa.table({"a": [1.5, 2.5], "b": ["x", "y"], "t": pa.array([0, 1], pa.timestamp("s")), "l": [["x"], []]})
+    with pytest.raises(DataError, match="targets a, b are categorical and continuous; several targets must be of one type"):
+        infer_schema(table, ["a", "b"])
+    with pytest.raises(DataError, match="column 'b' holds lists of categories, which only a single target may"):
+        infer_schema(table, ["b", "l"])
+    schema = infer_schema(table, "t", ["l"])
+    with pytest.raises(
+        DataError, match=re.escape("target 't' is of type datetime, which is neither a number nor a class; force its type (types)")
+    ):
+        to_tensors(table, fitted(schema, statistics(table, schema)))
+
+
+def test_an_unseen_category_is_other_and_an_unseen_class_is_refused() -> None:
+    table = pa.table({"c": ["a", "b", None], "target": ["no", "yes", None]})
+    schema = infer_schema(table, "target")
+    schema = fitted(schema, statistics(table, schema))
+    other = pa.table({"c": ["z", None, "a"], "target": ["no", "no", "no"]})
+    assert to_tensors(other, schema)["categorical"].tolist() == [[1], [0], [2]]
+    with pytest.raises(DataError, match="target 'target' holds 'maybe', which training did not have; its classes are: no, yes"):
+        to_tensors(other.set_column(1, "target", [["maybe"] * 3]), schema)
+
+
+def test_labels_may_be_whole_numbers_and_a_list_that_names_one_twice_counts_once() -> None:
+    table = pa.table({"x": [1.0, 2.0, 3.0, 4.0], "target": [[9], [10, 9, 9], [], None]}).slice(1)
+    schema = infer_schema(table, "target")
+    total = statistics(table, schema)
+    schema = fitted(schema, total)
+    assert schema.classes == ("9", "10") and to_tensors(table, schema)["target"].tolist() == [[1, 1], [0, 0], [-100, -100]]
+    assert {word: int(count) for word, count in total.sums("categories:target").items()} == {"9": 1, "10": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("v", [f"{row / 7:.4f}" for row in range(2000)], "continuous"),
+        ("zip", [f"{row:05}" for row in range(2000)], "identifier"),
+        ("v", [f" {row} " for row in range(60)], "continuous"),
+        ("v", ["1", "2", "3"] * 20, "categorical"),
+        ("user_id", [f"u{row}" for row in range(20)], "identifier"),
+        ("user_id", list(range(20)), "identifier"),
+        ("userId", list(range(20)), "identifier"),
+        ("paid", list(range(20)), "continuous"),
+        ("user_id", ["u1"] * 20, "categorical"),
+        ("v", [f"the cat sat {row} times" for row in range(20)], "text"),
+        ("v", ["the cat sat"] * 20, "categorical"),
+        ("v", [None] * 20, "continuous"),
+        ("v", ["", None] * 10, "categorical"),
+        ("v", [f"word{row}" for row in range(3000)], "identifier"),
+        ("v", [f"word{row % 1500} x" for row in range(2900)], "text"),
+    ],
+    ids=range(15),
+)
+def test_words_are_numbers_texts_identifiers_or_categories(name: str, values: list[Any], expected: str) -> None:
+    assert infer_schema(pa.table({name: pa.array(values)}), None)[name].type == expected
+
+
+def test_two_thousand_columns_are_no_trouble() -> None:
+    random = np.random.default_rng(0)
+    table = pa.table({f"c{index}": random.normal(size=20) for index in range(2000)} | {"target": [0, 1] * 10})
+    schema = infer_schema(table, "target")
+    assert to_tensors(table, fitted(schema, statistics(table, schema)))["continuous"].shape == (20, 2000)
+
+
+@pytest.mark.parametrize(
+    "origin", [{"a": np.zeros(3)}, (torch.zeros(3),), iter([1]), 3, None, [], {}, DataLoader(TensorDataset(torch.zeros(3)))]
+)
+def test_every_source_has_a_name_or_is_refused(origin: Any) -> None:
+    with suppress(DataError):
+        Source(origin).read()
+        assert Source(origin).name and "None" not in Source(origin).name
 
 
 # Batches

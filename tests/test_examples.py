@@ -11,6 +11,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 CLAIMS = {
+    "any_data.py": (r"(?:\w+ +accuracy 0\.9\d+\n){4}", ()),
+    "old_code.py": (r"lightning +accuracy 0\.9\d+\nsklearn +accuracy 0\.9", ()),
+    "bert.py": (r"frozen, pre-trained +0\.\d+\nfrozen, random +0\.\d+\nunfrozen, pre-trained +(?:0\.[89]|1\.0)", ("--quick",)),
     "quickstart.py": (r"accuracy 0\.9[5-9]", ()),
     "hetseq_mnist.py": (r"accuracy 0\.[89]", ()),
     "gan.py": (r"(?:[ .:*#]{8}\n){8}", ("40",)),

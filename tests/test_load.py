@@ -95,7 +95,9 @@ def test_fields_are_checked(tmp_path: Path) -> None:
         load(f"{tmp_path}/t.py:Needs")
     with pytest.raises(ValueError, match=r"size \(='big'\) must be a whole number"):
         load(f"{tmp_path}/t.py:Needs", {"size": "big"})
-    with pytest.raises(TaskError, match="colour is no field of Image; it has: channels, dropout, hidden, lr, weight_decay"):
+    with pytest.raises(
+        TaskError, match="colour is no field of Image; it has: balance, channels, dropout, flip, hidden, lr, shift, weight_decay"
+    ):
         load("image", {"colour": 3})
     with pytest.raises(TaskError, match="colour"):  # and not that the size is missing, which is there
         load(f"{tmp_path}/t.py:Needs", {"size": 1, "colour": 3})

@@ -217,7 +217,9 @@ def default_metrics(outputs: Tensor, targets: Tensor) -> dict[str, Metric]:
         return {name: DEFAULTS[name] for name in ("rmse", "mae", "r2")}
     names = ["accuracy"]
     classes = 2 if outputs.shape == targets.shape else outputs.shape[-1]
-    if targets.dim() == 1 and classes <= 100:
+    if outputs.shape == targets.shape and targets.dim() == 2:  # several labels: each is yes or no
+        names += ["f1", "auroc"]
+    elif targets.dim() == 1 and classes <= 100:
         names += ["f1", "confusion"]
         if classes == 2 or outputs.shape[-1] == 1:
             names.append("auroc")

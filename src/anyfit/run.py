@@ -60,6 +60,7 @@ class Folder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"run (={str(path)!r}) is a file; give a folder")
+        self._made = not path.exists()
         exists = (path / "run.json").exists()
         if exists and not resume:
             raise InputError(f"run (={str(path)!r}) holds a run already; pass resume to go on with it, or give another folder")
@@ -156,7 +157,12 @@ class Folder:
         write_json(self.path / "result.json", result)
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Let the folder go; what was refused before anything was written leaves none."""
+        if self._made and not (self.path / "run.json").exists():
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink()
+                (self.path / "checkpoints").rmdir()
+                self.path.rmdir()
         for file in (self._metrics, self._timings, self._lock):
             if file is not None:
                 file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
@@ -53,7 +54,7 @@ class Schema:
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise DataError(f"column {twice[0]!r} stands twice; rename one of them")
         for target in self.targets:
@@ -164,8 +165,8 @@ class Schema:
             target = value["target"]
             target = tuple(target) if isinstance(target, list | tuple) else target
             unknown = sorted(set(value) - {"columns", "target", "weight"})
-            if unknown or not isinstance(target, str | tuple | None):
-                raise TypeError(f"unexpected {unknown[0] if unknown else target!r}")
+            if unknown or not isinstance(target, str | tuple | None) or not isinstance(value.get("weight"), str | None):
+                raise TypeError(f"unexpected {unknown[0] if unknown else (target, value.get('weight'))!r}")
             return cls(tuple(Column(**_tuples(column)) for column in value["columns"]), target, value.get("weight"))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"schema is malformed ({error}); it must be what Schema.to_json() wrote") from error
@@ -232,7 +233,7 @@ def _told(column: Mapping[str, Any], minimum: int) -> dict[str, Any]:
         if rest >= minimum:  # a smaller count would tell how few they are
             told["others_rows"] = rest
     lowest, highest = column.get("lowest"), column.get("highest")
-    if lowest and highest and len(lowest) >= minimum:
+    if lowest and highest and len(lowest) >= minimum and lowest[minimum - 1] <= highest[minimum - 1]:  # else they pass each other
         told["range"] = [_rounded(lowest[minimum - 1]), _rounded(highest[minimum - 1])]
     return told
 

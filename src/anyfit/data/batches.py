@@ -266,9 +266,12 @@ class RowBatches(Indexed):
         self._fetch_many = getattr(dataset, "__getitems__", None)
         self._stream: tuple[tuple[int, int], Iterator[Any]] | None = None
 
+    def samples(self, indices: list[int]) -> list[Any]:
+        """The samples of some rows."""
+        return self._fetch_many(indices) if self._fetch_many is not None else [self._dataset[index] for index in indices]
+
     def _fetch(self, indices: list[int]) -> Any:
-        samples = self._fetch_many(indices) if self._fetch_many is not None else [self._dataset[index] for index in indices]
-        return self._collate(samples)
+        return self._collate(self.samples(indices))
 
     def batch_of(self, indices: Tensor) -> Any:
         """One batch of some rows, (B,) indices, on the device."""

@@ -9,24 +9,30 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from anyfit.data.files import Wider
-from anyfit.errors import DataError, StorageError
-from anyfit.values import atomic, digest, parse, write_json
+from anyfit.data.files import NUMBER, Wider
+from anyfit.errors import DataError, InputError, StorageError
+from anyfit.values import atomic, canonical, digest, parse, write_json
 
-__all__ = ["Blocks", "Reader", "cache_folder", "hold"]
+__all__ = ["ALMOST", "ODD", "Blocks", "Reader", "cache_folder", "hold"]
 
 BLOCK_BYTES = 8 << 20
 HOLD_BYTES = 128 << 20  # a source of more bytes than that goes to disk
 SAMPLE_ROWS = 100_000  # that names and types are inferred from
+STALE_S = 86400  # what a killed process left half-written; who still writes does so more often
+ALMOST = 0.98  # a column of words of which at least so many are numbers is a column of numbers with words for "missing" in it
+ODD = b"odd"  # in the metadata of such a column: a word and its row
 
 
 class Reader(Protocol):
@@ -51,6 +57,7 @@ class Blocks:
     sha256: str
     kept: tuple[np.ndarray[Any, Any], ...] | None = None
     dropped: tuple[str, ...] = ()
+    odd: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # see ALMOST
     _owner: Any = field(default=None, repr=False, compare=False)  # removes a file that nobody can find again
 
     @property
@@ -65,8 +72,13 @@ class Blocks:
 
     def block(self, index: int) -> pa.Table:
         """The rows of one block, in memory of their own."""
-        with pa.OSFile(str(self.path)) as file:
-            batch = pa.ipc.open_file(file).get_batch(index)
+        try:
+            with pa.OSFile(str(self.path)) as file:
+                batch = pa.ipc.open_file(file).get_batch(index)
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"cannot read {self.path}: {error}; it was deleted or damaged meanwhile; start again to make it anew"
+            ) from error
         table = pa.Table.from_batches([batch]).drop_columns(list(self.dropped))
         if self.kept is not None:
             mask = np.unpackbits(self.kept[index], count=table.num_rows).astype(bool)
@@ -86,7 +98,12 @@ class Blocks:
             count += table.num_rows
             if count >= rows:
                 break
-        return pa.concat_tables(tables).slice(0, rows)
+        head = pa.concat_tables(tables).slice(0, rows)
+        for name, (word, row) in self.odd.items():  # beyond these rows, perhaps
+            if name in head.column_names:
+                place = head.column_names.index(name)
+                head = head.set_column(place, head.field(place).with_metadata({ODD: canonical([word, row])}), head.column(place))
+        return head
 
     def where(self, mask_of: Callable[[pa.Table], np.ndarray[Any, Any]], what: Any, dropped: Sequence[str] = ()) -> Blocks:
         """The rows that `mask_of` (a block -> a mask) keeps; `what` tells this part from others in fingerprints."""
@@ -106,8 +123,9 @@ class Blocks:
         return replace(self, sizes=tuple(sizes), kept=tuple(kept), sha256=sha256, dropped=(*self.dropped, *dropped))
 
 
-def hold(reader: Reader, name: str, limit: int = HOLD_BYTES) -> pa.Table | Blocks:
-    """All rows of a reader: a table where they fit into `limit` bytes, else an Arrow file that is made once."""
+def hold(reader: Reader, name: str, limit: int | None = None) -> pa.Table | Blocks:
+    """All rows of a reader: a table where they fit into `limit` bytes (None: HOLD_BYTES), else an Arrow file that is made once."""
+    limit = HOLD_BYTES if limit is None else limit
     identity = reader.identity()
     place = None if identity is None else _place(identity)
     if place is not None and (found := _found(place)) is not None:
@@ -141,20 +159,25 @@ def cache_folder() -> Path:
 
 
 def _place(identity: list[Any]) -> Path:
-    return cache_folder() / f"{digest(['blocks', 1, BLOCK_BYTES, identity])[:32]}.arrow"
+    return cache_folder() / f"{digest(['blocks', 2, BLOCK_BYTES, identity])[:32]}.arrow"
 
 
 def _found(place: Path) -> Blocks | None:
-    """What an earlier run left there."""
+    """What an earlier run left there, where it is whole."""
     about = place.with_suffix(".json")
-    if not (place.exists() and about.exists()):
-        return None
-    told = parse(about.read_bytes(), str(about))
-    if told["bytes"] != place.stat().st_size:
-        return None
-    with pa.OSFile(str(place)) as file:
-        schema = pa.ipc.open_file(file).schema
-    return Blocks(place, tuple(told["sizes"]), schema, told["sha256"])
+    try:
+        told = parse(about.read_bytes(), str(about))
+        with place.open("rb") as rows:
+            if hashlib.file_digest(rows, "sha256").hexdigest() != told["sha256"]:
+                return None
+        with pa.OSFile(str(place)) as file:
+            reader = pa.ipc.open_file(file)
+            if reader.num_record_batches != len(told["sizes"]):
+                return None
+        odd = {name: (str(word), int(row)) for name, (word, row) in told["odd"].items()}
+        return Blocks(place, tuple(map(int, told["sizes"])), reader.schema, told["sha256"], odd=odd)
+    except (OSError, InputError, KeyError, TypeError, ValueError, AttributeError, pa.ArrowException):
+        return None  # it is made anew
 
 
 def _spilled(batches: list[pa.RecordBatch], source: Iterator[pa.RecordBatch], place: Path | None) -> Blocks:
@@ -167,18 +190,33 @@ def _spilled(batches: list[pa.RecordBatch], source: Iterator[pa.RecordBatch], pl
 
     owner = None
     if place is None:  # nobody could find it again
-        place, owner = Path(tempfile.mkdtemp(prefix="anyfit-")) / "rows.arrow", _Owner()
+        place, owner = _own_folder() / "rows.arrow", _Owner()
         weakref.finalize(owner, shutil.rmtree, place.parent, True)
+    _sweep(place)
     try:
         with atomic(place) as temporary:
-            sizes, schema, sha256 = _write(temporary, everything())
-        about = {"sizes": sizes, "sha256": sha256, "bytes": place.stat().st_size}
-        write_json(place.with_suffix(".json"), about)
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError):
-            raise
-        raise StorageError(f"cannot write {place}: {error}; free some space or set ANYFIT_CACHE to another folder") from error
-    return Blocks(place, tuple(sizes), schema, sha256, _owner=owner)
+            sizes, schema, sha256, odd = _write(temporary, everything())
+        write_json(place.with_suffix(".json"), {"sizes": sizes, "sha256": sha256, "odd": odd})
+    except StorageError as error:
+        raise StorageError(f"{error} ANYFIT_CACHE names the folder for rows that are larger than memory.") from error
+    return Blocks(place, tuple(sizes), schema, sha256, odd=odd, _owner=owner)
+
+
+def _own_folder() -> Path:
+    base = cache_folder()
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="anyfit-", dir=base))
+    except OSError as error:
+        raise StorageError(f"cannot write {base}: {error.strerror or error}; set ANYFIT_CACHE to another folder") from error
+
+
+def _sweep(place: Path) -> None:
+    """Remove what killed processes left half-written beside it."""
+    for file in place.parent.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > STALE_S:
+                file.unlink()
 
 
 class _Owner:
@@ -206,31 +244,61 @@ class _Hashed:
         return self.file.closed
 
 
-def _write(path: Path, batches: Iterator[pa.RecordBatch]) -> tuple[list[int], pa.Schema, str]:
+def _write(path: Path, batches: Iterator[pa.RecordBatch]) -> tuple[list[int], pa.Schema, str, dict[str, tuple[str, int]]]:
     sizes: list[int] = []
     waiting: list[pa.RecordBatch] = []
-    rows, per_block = 0, 0
+    bytes_waiting = 0
     sink, writer, schema = _Hashed(path), None, None
+    words: dict[str, _Words] = {}
+
+    def write(table: pa.Table) -> None:
+        assert writer is not None
+        writer.write_batch(table.combine_chunks().to_batches()[0])
+        sizes.append(table.num_rows)
+
     try:
         for batch in batches:
             if writer is None:
                 schema = batch.schema
                 writer = pa.ipc.new_file(pa.PythonFile(sink, "w"), schema)
-                per_block = max(1, BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes))
+                words = {entry.name: _Words() for entry in schema if pa.types.is_string(entry.type)}
+            for name, seen in words.items():
+                seen.add(batch.column(name))
             waiting.append(batch)
-            rows += batch.num_rows
-            while rows >= per_block:
+            bytes_waiting += batch.nbytes
+            while bytes_waiting >= BLOCK_BYTES and (rows := sum(part.num_rows for part in waiting)) > 1:
                 table = pa.Table.from_batches(waiting)
-                block = table.slice(0, per_block).combine_chunks()
-                writer.write_batch(block.to_batches()[0])
-                sizes.append(per_block)
-                rows -= per_block
-                waiting = table.slice(per_block).to_batches()
+                size = max(1, rows * BLOCK_BYTES // bytes_waiting)
+                write(table.slice(0, size))
+                waiting = table.slice(size).to_batches()
+                bytes_waiting = sum(part.nbytes for part in waiting)
         assert writer is not None and schema is not None
-        if rows:
-            writer.write_batch(pa.Table.from_batches(waiting).combine_chunks().to_batches()[0])
-            sizes.append(rows)
+        if any(part.num_rows for part in waiting):
+            write(pa.Table.from_batches(waiting))
         writer.close()
     finally:
         sink.close()
-    return sizes, schema, sink.hasher.hexdigest()
+    return sizes, schema, sink.hasher.hexdigest(), {name: seen.odd for name, seen in words.items() if seen.odd is not None}
+
+
+class _Words:
+    """Whether a column of words is one of numbers, but for a few."""
+
+    def __init__(self) -> None:
+        self.rows, self.known, self.numbers = 0, 0, 0
+        self.first: tuple[str, int] | None = None
+
+    def add(self, column: pa.Array) -> None:
+        if self.known > 1000 and self.numbers < ALMOST / 2 * self.known:
+            return
+        numeric = pc.match_substring_regex(column, NUMBER)
+        self.known += len(column) - column.null_count
+        self.numbers += pc.sum(numeric).as_py() or 0
+        if self.first is None and (place := pc.index(numeric, False).as_py()) >= 0:
+            self.first = (column[place].as_py()[:40], self.rows + place + 1)
+        self.rows += len(column)
+
+    @property
+    def odd(self) -> tuple[str, int] | None:
+        """The first word and its row."""
+        return self.first if self.numbers >= ALMOST * max(1, self.known) else None

@@ -6,7 +6,11 @@ Nothing here holds a whole file. Types are those of all rows: a reader that meet
 
 from __future__ import annotations
 
+import csv
 import glob
+import http.client
+import io
+import json
 import os
 import re
 import shutil
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.fs
 import pyarrow.json
@@ -27,7 +32,7 @@ import pyarrow.parquet
 
 from anyfit.errors import DataError
 
-__all__ = ["KINDS", "MISSING", "NUMBER", "Files", "Wider", "expand", "kind_of", "plain_type"]
+__all__ = ["KINDS", "MISSING", "NUMBER", "Files", "Wider", "expand", "kind_of", "plain_column", "plain_type", "without_words"]
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
 KINDS = {
@@ -44,6 +49,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 BLOCK_BYTES = 4 << 20
 MOST_BLOCK_BYTES = 1 << 30  # of one row: a cell may be large
 BATCH_ROWS = 65536
+JSON_BLOCK_BYTES = 64 << 20  # its reader takes the types of the first block for all
+BATCH_BYTES = 64 << 20  # of rows with large cells a batch holds fewer
 NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 
 
@@ -57,9 +64,7 @@ class Wider(Exception):
 
 def kind_of(name: str) -> str | None:
     """csv, json, parquet, arrow or text by the name's ending, that of the packing left out."""
-    path = Path(name.lower().partition("?")[0] if "://" in name else name.lower())
-    suffix = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
-    return KINDS.get(suffix)
+    return KINDS.get(_suffix(name))
 
 
 def expand(origin: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -87,9 +92,12 @@ class Files:
     encoding: str | None = None
     missing: Sequence[str] = ()
     types: dict[str, pa.DataType] = field(default_factory=dict)  # what `Wider` has asked for
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int = field(default_factory=lambda: BLOCK_BYTES)
 
     def __post_init__(self) -> None:
+        folder = next((path for path in self.paths if "://" not in path and Path(path).is_dir()), None)
+        if folder is not None:
+            raise DataError(f"data (={folder!r}) is a folder among several paths; give the files in it, e.g. as a pattern")
         kinds = {path: kind_of(path) for path in self.paths}
         unknown = next((path for path, kind in kinds.items() if kind is None), None)
         if unknown is not None:
@@ -102,6 +110,10 @@ class Files:
         self.kind = str(kinds[self.paths[0]])
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.kind != "csv"):
             raise DataError(f"delimiter (={self.delimiter!r}) must be one character, and the files CSV")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError as error:
+            raise DataError(f"encoding (={self.encoding!r}) is not known; give one of Python's, e.g. 'latin-1'") from error
 
     def size_bytes(self) -> int | None:
         """Of all files together; None where one is not on this disk."""
@@ -113,7 +125,7 @@ class Files:
             return None
         stats = [(str(Path(path).resolve()), Path(path).stat()) for path in self.paths]
         return [
-            [[path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats],
+            [[path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for path, stat in stats],
             [self.delimiter, self.encoding, list(self.missing)],
         ]
 
@@ -121,99 +133,189 @@ class Files:
         """All rows; every batch has the columns of the first."""
         schema: pa.Schema | None = None
         read = {"csv": self._csv, "json": self._json, "parquet": _parquet, "arrow": _arrow, "text": self._text}[self.kind]
-        for path in self.paths:
-            try:
-                for batch in read(path):
-                    plain = _plain(batch, self.types)
-                    schema = plain.schema if schema is None else schema
-                    yield plain if plain.schema.equals(schema) else _conformed(plain, schema, path)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, UnicodeError, EOFError, OSError) as error:
-                raise DataError(f"data (={path!r}) cannot be read as a table: {_advised(error)}") from error
+        with tempfile.TemporaryDirectory(prefix="anyfit-") as folder:
+            for index, path in enumerate(self.paths):
+                local = _downloaded(path, Path(folder) / str(index)) if path.startswith(("http://", "https://")) else path
+                try:
+                    for batch in read(path, local):
+                        plain = self._plain(batch, path)
+                        schema = plain.schema if schema is None else schema
+                        yield plain if plain.schema.equals(schema) else _conformed(plain, schema, path)
+                except (pa.ArrowException, UnicodeError, EOFError, OSError) as error:
+                    raise DataError(f"data (={path!r}) cannot be read as a table: {_advised(error)}") from error
 
-    def _csv(self, path: str) -> Iterator[pa.RecordBatch]:
-        with _opened(path) as stream:
+    def _plain(self, batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
+        """A column's values, not how they are stored: dictionaries, views and large strings become plain ones."""
+        names = batch.schema.names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"column {twice!r} stands twice in {path}; rename one of them")
+        for index, entry in enumerate(batch.schema):
+            plain = plain_type(entry.type)
+            kind = self.types.get(entry.name, plain)
+            column = batch.column(index)
+            if kind is not entry.type:
+                if (wider := _common(kind, plain)) != kind:
+                    raise Wider(entry.name, wider)
+                try:
+                    column = plain_column(column, kind)
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                    raise Wider(entry.name, _beyond(kind, plain)) from error
+                batch = batch.set_column(index, entry.name, column)
+            if self.missing and self.kind != "csv" and pa.types.is_string(kind):  # a CSV reader has seen to it
+                batch = batch.set_column(index, entry.name, without_words(column, self.missing))
+        return batch
+
+    def _csv(self, path: str, local: str) -> Iterator[pa.RecordBatch]:
+        with _opened(path, local) as stream:
             head = stream.read(65536)
         if not head.strip():
             raise DataError(f"data (={path!r}) is empty; give a file with a header and at least one row")
-        encoding = self.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf8")
-        delimiter = self.delimiter or ("\t" if ".tsv" in path.lower() else _delimiter_of(head))
-        with _opened(path) as stream:
-            reader = self._csv_reader(stream, delimiter, encoding)
+        encoding = self.encoding or _marked(head) or "utf8"
+        if encoding == "utf8" and b"\0" in head:
+            raise DataError(
+                f"data (={path!r}) holds null bytes: it is no text, or of another encoding; say which, e.g. encoding='utf-16-le'"
+            )
+        delimiter = self.delimiter or ("\t" if _suffix(path) == ".tsv" else _delimiter_of(head.decode(encoding, "replace")))
+        with _opened(path, local) as stream:
+            try:
+                reader = self._csv_reader(stream, delimiter, encoding, self.types)
+            except pa.ArrowInvalid as error:
+                with _opened(path, local) as again:  # its names, to tell of which column the first block does not fit
+                    words = dict.fromkeys(self.types, pa.string())
+                    schema = self._csv_reader(again, delimiter, encoding, words).schema if "conversion error" in str(error) else None
+                raise self._wider(error, schema, path) from error
+            rows = 0
             while True:
                 try:
                     batch = reader.read_next_batch()
                 except StopIteration:
                     return
                 except pa.ArrowInvalid as error:
-                    raise self._wider(error, reader.schema) from error
+                    raise self._wider(error, reader.schema, path) from error
                 for entry in batch.schema:
                     if pa.types.is_binary(entry.type):  # what pyarrow makes of text that is no UTF-8
-                        raise DataError(
-                            f"column {entry.name!r} of {path} holds text that is not UTF-8; say what it is, e.g. encoding='latin-1'"
-                        )
+                        raise _not_utf8(batch.column(entry.name), entry.name, path, rows)
+                rows += batch.num_rows
                 yield batch
 
-    def _csv_reader(self, stream: Any, delimiter: str, encoding: str) -> Any:
-        try:
-            return pa.csv.open_csv(
-                stream,
-                read_options=pa.csv.ReadOptions(block_size=self.block_bytes, encoding=encoding),
-                parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(
-                    null_values=[*MISSING, *self.missing], strings_can_be_null=True, column_types=self.types
-                ),
-            )
-        except pa.ArrowInvalid as error:
-            raise self._wider(error, pa.schema([])) from error
+    def _csv_reader(self, stream: Any, delimiter: str, encoding: str, types: Mapping[str, pa.DataType]) -> Any:
+        return pa.csv.open_csv(
+            stream,
+            read_options=pa.csv.ReadOptions(block_size=self.block_bytes, encoding=encoding),
+            parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(null_values=[*MISSING, *self.missing], strings_can_be_null=True, column_types=types),
+        )
 
-    def _wider(self, error: pa.ArrowInvalid, schema: pa.Schema) -> Exception:
+    def _wider(self, error: pa.ArrowInvalid, schema: pa.Schema | None, path: str) -> Exception:
         """A conversion that failed asks for a wider type, a row that is too long for larger blocks; anything else is what it is."""
         if "straddling" in str(error) and self.block_bytes < MOST_BLOCK_BYTES:
             self.block_bytes *= 16
             return Wider("", pa.null())
-        found = re.search(r"In CSV column #(\d+): CSV conversion error to ([^:]+): invalid value '(.*)'", str(error), re.DOTALL)
-        if found is None or int(found[1]) >= len(schema):
-            if "invalid UTF8" in str(error):
-                return DataError(f"{error}; the file holds text that is not UTF-8; say what it is, e.g. encoding='latin-1'")
-            return DataError(f"it cannot be read as a table: {_advised(error)}")
-        name, kind, value = schema.names[int(found[1])], found[2], found[3]
-        if kind == "null" and re.fullmatch(r"[-+]?\d{1,18}", value):
-            return Wider(name, pa.int64())
-        if kind in ("null", "int64") and re.fullmatch(NUMBER, value):
-            return Wider(name, pa.float64())
-        if kind == "null" and re.match(r"\d{4}-\d\d-\d\d", value):
-            return Wider(name, pa.timestamp("us"))
-        return Wider(name, pa.string())
+        found = re.search(
+            r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error to .*?(?:value|zone offset in) '(.*)'", str(error), re.DOTALL
+        )
+        if found is None or schema is None:
+            text = _advised(error)
+            if schema is not None:
+                text = re.sub(r"In CSV column #(\d+)", lambda match: f"In column {schema.names[int(match[1])]!r}", text)
+            return DataError(f"data (={path!r}) cannot be read as a table: {text}")
+        name, value = schema.names[int(found[1])], found[2]
+        kind = self.types.get(name) or schema.field(name).type
+        return Wider(name, _beyond(kind, _type_of(value)))
 
-    def _json(self, path: str) -> Iterator[pa.RecordBatch]:
-        with _opened(path) as stream:
-            yield from pa.json.open_json(stream, read_options=pa.json.ReadOptions(block_size=64 << 20))
+    def _json(self, path: str, local: str) -> Iterator[pa.RecordBatch]:
+        schema = pa.schema(list(self.types.items()))
+        with _opened(path, local) as stream:
+            try:
+                reader = pa.json.open_json(
+                    stream,
+                    read_options=pa.json.ReadOptions(block_size=max(self.block_bytes, JSON_BLOCK_BYTES)),
+                    parse_options=pa.json.ParseOptions(explicit_schema=schema if self.types else None),
+                )
+                schema = reader.schema
+                yield from reader
+            except pa.ArrowInvalid as error:
+                if "straddling" in str(error) and self.block_bytes < MOST_BLOCK_BYTES:
+                    self.block_bytes = 16 * max(self.block_bytes, JSON_BLOCK_BYTES)
+                    raise Wider("", pa.null()) from error
+                if "changed from" in str(error) or "Failed to convert" in str(error):
+                    raise _misfit(path, local, schema, error) from error
+                raise
 
-    def _text(self, path: str) -> Iterator[pa.RecordBatch]:
+    def _text(self, path: str, local: str) -> Iterator[pa.RecordBatch]:
         """A row for each line that is not blank."""
         lines: list[str] = []
-        with _opened(path) as stream:
-            for number, line in enumerate(stream, 1):
+        with _opened(path, local) as stream:
+            encoding = self.encoding or _marked(stream.read(2)) or "utf-8-sig"
+        number = 0
+        with _opened(path, local) as stream, io.TextIOWrapper(io.BufferedReader(_Bytes(stream)), encoding, newline=None) as text:
+            while True:
                 try:
-                    text = line.decode(self.encoding or "utf-8-sig" if number == 1 else self.encoding or "utf-8").strip()
+                    line = text.readline()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"line {number} of {path} is not UTF-8; say what it is, e.g. encoding='latin-1'") from error
-                if text:
-                    lines.append(text)
-                if len(lines) == BATCH_ROWS:
+                    raise DataError(
+                        f"line {number + 1} of {path}, or one soon after, is not {encoding}; say what it is, e.g. encoding='latin-1'"
+                    ) from error
+                number += 1
+                if line.strip():
+                    lines.append(line.strip())
+                if lines and (len(lines) == BATCH_ROWS or not line):
                     yield pa.record_batch({"text": pa.array(lines, pa.string())})
                     lines = []
-        if lines:
-            yield pa.record_batch({"text": pa.array(lines, pa.string())})
+                if not line:
+                    return
 
 
-def _parquet(path: str) -> Iterator[pa.RecordBatch]:
-    with _seekable(path) as file:
-        yield from pa.parquet.ParquetFile(file).iter_batches(BATCH_ROWS)
+class _Bytes(io.RawIOBase):
+    """Arrow's stream as Python's: only these can be read by lines."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data = self._stream.read(len(target))
+        target[: len(data)] = data
+        return len(data)
 
 
-def _arrow(path: str) -> Iterator[pa.RecordBatch]:
-    with _seekable(path) as file:
+def _misfit(path: str, local: str, schema: pa.Schema, error: Exception) -> Exception:
+    """Which value of JSON lines is of another type than those before it; Arrow does not say."""
+    kinds: dict[str, str] = {}
+    with _opened(path, local) as stream:
+        for number, line in enumerate(io.BufferedReader(_Bytes(stream)), 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError:
+                break
+            for name, value in row.items() if isinstance(row, dict) else ():
+                kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+                if value is not None and kinds.setdefault(name, kind) != kind:
+                    return DataError(
+                        f"column {name!r} of {path} holds {str(value)[:40]!r} in row {number}, unlike the {kinds[name]} before it; write that "
+                        "column as one type"
+                    )
+                entry = schema.field(name).type if name in schema.names else pa.null()
+                if pa.types.is_integer(entry) and isinstance(value, float):
+                    return Wider(name, pa.float64())
+                if pa.types.is_timestamp(entry) and isinstance(value, str) and not pa.types.is_timestamp(_type_of(value)):
+                    return Wider(name, pa.string())
+    return DataError(f"data (={path!r}) cannot be read as a table: {_advised(error)}")
+
+
+def _parquet(path: str, local: str) -> Iterator[pa.RecordBatch]:
+    with _seekable(local) as file:
+        parquet = pa.parquet.ParquetFile(file)
+        groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
+        largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+        yield from parquet.iter_batches(max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest))))
+
+
+def _arrow(path: str, local: str) -> Iterator[pa.RecordBatch]:
+    with _seekable(local) as file:
         try:
             reader = pa.ipc.open_file(file)
         except pa.ArrowInvalid:
@@ -224,20 +326,82 @@ def _arrow(path: str) -> Iterator[pa.RecordBatch]:
             yield reader.get_batch(index)
 
 
-def _delimiter_of(head: bytes) -> str:
-    """The most frequent of the usual delimiters in the header."""
-    line = head.replace(b"\0", b"").splitlines()[0].decode("latin-1")
-    counts = {delimiter: line.count(delimiter) for delimiter in ",;\t|"}
+def _not_utf8(column: pa.Array, name: str, path: str, before: int) -> DataError:
+    for place, value in enumerate(column.to_pylist()):
+        try:
+            (value or b"").decode()
+        except UnicodeDecodeError:
+            return DataError(
+                f"column {name!r} of {path} holds text that is not UTF-8, {value[:40]!r} in row {before + place + 1}; say what it is, e.g. "
+                "encoding='latin-1'"
+            )
+    return DataError(f"column {name!r} of {path} holds bytes")
+
+
+def _marked(head: bytes) -> str | None:
+    """UTF-16 by its byte order mark."""
+    return "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else None
+
+
+def _delimiter_of(head: str) -> str:
+    """The most frequent of the usual delimiters in the header, outside quotation marks."""
+    line = next((line for line in head.splitlines() if line.strip()), "")
+    counts = {delimiter: len(next(csv.reader([line], delimiter=delimiter))) for delimiter in ",;\t|"}
     return max(counts, key=lambda delimiter: (counts[delimiter], delimiter == ","))
 
 
-def _plain(batch: pa.RecordBatch, types: Mapping[str, pa.DataType]) -> pa.RecordBatch:
-    """A column's values, not how they are stored: dictionaries, views and large strings become plain ones."""
-    for index, entry in enumerate(batch.schema):
-        kind = types.get(entry.name) or plain_type(entry.type)
-        if kind is not entry.type:
-            batch = batch.set_column(index, entry.name, batch.column(index).cast(kind))
-    return batch
+def _type_of(value: str) -> pa.DataType:
+    """What a CSV reader takes one value for."""
+    return (
+        pa.csv.read_csv(
+            io.BytesIO(b"v,w\n0," + b'"' + value.replace('"', '""').encode("utf-8", "replace") + b'"'),
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        )
+        .schema.field("w")
+        .type
+    )
+
+
+def plain_column(column: Any, kind: pa.DataType) -> Any:
+    """A column as one of another type. (A cast of a dictionary of views has no kernel, on its own or within lists.)"""
+    if isinstance(column, pa.ChunkedArray):
+        return pa.chunked_array([plain_column(chunk, kind) for chunk in column.chunks], kind)
+    if pa.types.is_dictionary(column.type):
+        return plain_column(column.dictionary, kind).take(column.indices)
+    if pa.types.is_list(kind) and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        lists = pa.array([0, *pc.cumulative_sum(pc.fill_null(pc.list_value_length(column), 0)).to_pylist()], pa.int32())
+        return pa.ListArray.from_arrays(lists, plain_column(column.flatten(), kind.value_type), mask=column.is_null())
+    return column.cast(kind)
+
+
+def _common(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    """A type for the values of both: numbers or moments where both are, else words."""
+    kinds = (first, second)
+    if first == second or pa.types.is_null(second):
+        return first
+    if pa.types.is_null(first):
+        return second
+    if all(pa.types.is_integer(kind) for kind in kinds) and pa.uint64() not in kinds:
+        return pa.int64()
+    if all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds):
+        return pa.float64()
+    if all(pa.types.is_date(kind) or pa.types.is_timestamp(kind) for kind in kinds):
+        zones = {kind.tz if pa.types.is_timestamp(kind) else None for kind in kinds}
+        units = [kind.unit if pa.types.is_timestamp(kind) else "s" for kind in kinds]
+        if len(zones) == 1:
+            return pa.timestamp(max(units, key=("s", "ms", "us", "ns").index), zones.pop())
+    return pa.string()
+
+
+def _beyond(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    """A type for the values of both where the first does not hold the second."""
+    both = _common(first, second)
+    return pa.string() if both == first else both
+
+
+def without_words(column: Any, words: Sequence[str]) -> Any:
+    """Text in which some words stand for a missing value."""
+    return pc.if_else(pc.is_in(column, pa.array(list(words), pa.string())), None, column)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -263,30 +427,38 @@ def _conformed(batch: pa.RecordBatch, schema: pa.Schema, path: str) -> pa.Record
     columns = []
     for entry in schema:
         column = batch.column(entry.name)
-        if column.type != entry.type:
-            numbers = pa.types.is_integer(entry.type) and pa.types.is_floating(column.type)
-            if numbers or (pa.types.is_null(entry.type) or pa.types.is_string(column.type)):
-                raise Wider(entry.name, pa.float64() if numbers else column.type)
-            try:
-                column = column.cast(entry.type)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise DataError(f"column {entry.name!r} of {path} holds {column.type}, in the first file {entry.type}") from error
-        columns.append(column)
+        if column.type != entry.type and not pa.types.is_null(column.type):
+            if pa.types.is_nested(column.type) or pa.types.is_nested(entry.type):
+                raise DataError(f"column {entry.name!r} of {path} holds {column.type}, in the first file {entry.type}; make them alike")
+            raise Wider(entry.name, _common(entry.type, column.type))
+        columns.append(column.cast(entry.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _advised(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "Expected" in text and "columns, got" in text:
-        return f"{text[:300]} (every row needs as many fields as the header; is the delimiter right?)"
+        return f"{text[:300]} (every row needs as many fields as the header; is the delimiter right, is each quotation mark closed?)"
+    if "straddling" in text:
+        return f"{text[:300]} (a row of more than {MOST_BLOCK_BYTES >> 20} MB; is each quotation mark closed?)"
+    if isinstance(error, UnicodeError) or "UTF8" in text:
+        return f"{text[:300]}; it holds text that is not UTF-8; say what it is, e.g. encoding='latin-1'"
+    if "changed from" in text:
+        return f"{text[:300]}; write that column as one type"
     return text[:500]
 
 
+def _suffix(path: str) -> str:
+    """The ending that tells the kind, that of the packing left out."""
+    name = Path(path.lower().partition("?")[0] if "://" in path else path.lower())
+    return name.with_suffix("").suffix if name.suffix in PACKED else name.suffix
+
+
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(path: str, local: str) -> Iterator[Any]:
     """A stream of the unpacked bytes."""
     suffix = Path(path.partition("?")[0] if "://" in path else path).suffix.lower()
-    with _seekable(path) as file:
+    with _seekable(local) as file:
         if suffix in PACKED:
             with pa.CompressedInputStream(file, PACKED[suffix]) as stream:
                 yield stream
@@ -296,10 +468,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 @contextmanager
 def _seekable(path: str) -> Iterator[Any]:
-    if path.startswith(("http://", "https://")):
-        with _downloaded(path) as local, pa.OSFile(local) as file:
-            yield file
-    elif "://" in path:
+    if "://" in path:
         system, inner = pa.fs.FileSystem.from_uri(path)
         with system.open_input_file(inner) as file:
             yield file
@@ -308,14 +477,16 @@ def _seekable(path: str) -> Iterator[Any]:
             yield file
 
 
-@contextmanager
-def _downloaded(url: str) -> Iterator[str]:
-    """The file behind a URL, for as long as it is read."""
-    with tempfile.NamedTemporaryFile(prefix="anyfit-") as local:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310  (only http and https come here)
-                shutil.copyfileobj(answer, local)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise DataError(f"data (={url!r}) cannot be fetched: {getattr(error, 'reason', error)}") from error
-        local.flush()
-        yield local.name
+def _downloaded(url: str, local: Path) -> str:
+    """The file behind a URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, local.open("wb") as file:  # noqa: S310  (only http and https come here)
+            shutil.copyfileobj(answer, file)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise DataError(
+                f"data (={url!r}) cannot be fetched: the server answers {error.code} {error.reason}; is it spelt right?"
+            ) from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise DataError(f"data (={url!r}) cannot be fetched: {getattr(error, 'reason', error)}; is the server up?") from error
+    return str(local)

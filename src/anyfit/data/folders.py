@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from anyfit.data.files import Wider
 from anyfit.data.hashes import image_column
 from anyfit.errors import DataError
 
@@ -75,12 +77,20 @@ def open_folder(path: Path) -> Folder:
 
 def _names(path: Path) -> list[str]:
     if path.is_dir():
-        return [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        return [name for file in path.rglob("*") if file.is_file() and _is_visible(name := file.relative_to(path).as_posix())]
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+            return [name for name in archive.namelist() if not name.endswith("/") and _is_visible(name)]
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"data (={str(path)!r}) cannot be read as a zip: {error}") from error
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+class _Coloured(Exception):
+    """An image has colours, unlike those of the batches before it."""
 
 
 @dataclass
@@ -92,15 +102,18 @@ class ImageFiles:
     size: tuple[int, int] | None = None
     encoding: str | None = None
     types: dict[str, pa.DataType] = field(default_factory=dict)
+    coloured: bool = False
 
     def identity(self) -> list[Any] | None:
         """Names, sizes and times of all files."""
         path, items = self.folder.path, self.folder.files[self.split]
         if path.is_dir():
-            stats = [(name, (path / name).stat()) for name, _ in items]
-            return [str(path.resolve()), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], self.size, self.encoding]
-        stat = path.stat()
-        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, self.split, self.size, self.encoding]
+            files = [(*item, (path / item[0]).stat()) for item in items]
+            about: list[Any] = [[name, label, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, label, stat in files]
+        else:
+            stat = path.stat()
+            about = [[*map(list, items)], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        return [self.folder.kind, str(path.resolve()), about, self.size, self.encoding]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Files in the order of their names."""
@@ -114,7 +127,11 @@ class ImageFiles:
                 if self.folder.kind == "text":
                     values: pa.Array = pa.array([_text(name, data, self.encoding) for name, data in contents], pa.string())
                 else:
-                    pixels = decoded(contents, self.size, shape)
+                    try:
+                        pixels = decoded(contents, self.size, shape, coloured=self.coloured)
+                    except _Coloured:
+                        self.coloured = True
+                        raise Wider("", pa.null()) from None
                     shape = pixels.shape[1:]
                     values = image_column(pixels)
                 columns = {self.folder.kind: values}
@@ -129,7 +146,7 @@ class ImageFiles:
 def _content(path: Path, archive: zipfile.ZipFile | None, name: str) -> bytes:
     try:
         return (path / name).read_bytes() if archive is None else archive.read(name)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:  # RuntimeError: it has a password
         raise DataError(f"file (={name!r}) of {path} cannot be read: {error}") from error
 
 
@@ -141,9 +158,14 @@ def _text(name: str, data: bytes, encoding: str | None) -> str:
 
 
 def decoded(
-    contents: Sequence[tuple[str, bytes]], size: tuple[int, int] | None = None, shape: tuple[int, ...] | None = None
+    contents: Sequence[tuple[str, bytes]],
+    size: tuple[int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
+    *,
+    coloured: bool = False,
 ) -> np.ndarray[Any, Any]:
-    """(N, C, H, W) uint8 of encoded images: one channel where all are grey, else three. `size` (H, W): scaled and cut to it.
+    """(N, C, H, W) uint8 of encoded images: one channel where all are grey and none is `coloured`, else three. `size` (H, W): scaled and
+    cut to it.
 
     Without `size` all must have one size; `shape` is that of the images before. A broken one is named.
     """
@@ -154,14 +176,17 @@ def decoded(
         try:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                grey = image.mode in ("1", "L") or image.mode.startswith("I")
-                plain = image.convert("L" if grey else "RGB")
+                if image.mode.startswith("I;16"):  # PIL would cut at 255
+                    plain = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                else:
+                    plain = image.convert("L" if image.mode in ("1", "L", "LA", "La", "I") else "RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"image {name!r} cannot be read: {error}; replace it or leave it out") from error
         images.append((name, _cut(plain, size) if size is not None and (plain.height, plain.width) != size else plain))
-    channels = shape[0] if shape is not None else (1 if all(image.mode == "L" for _, image in images) else 3)
-    if channels == 1 and (odd := next((name for name, image in images if image.mode != "L"), None)) is not None:
-        raise DataError(f"image {odd!r} has colours, but those before it are grey; make them alike")
+    grey = not coloured and all(image.mode == "L" for _, image in images)
+    channels = shape[0] if shape is not None else (1 if grey else 3)
+    if channels == 1 and not grey:
+        raise _Coloured
     first = (images[0][1].height, images[0][1].width) if shape is None else shape[1:]
     for name, picture in images:
         if (picture.height, picture.width) != tuple(first):

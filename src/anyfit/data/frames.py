@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from anyfit.data.folders import SPLITS, decoded
 from anyfit.data.hashes import image_column
@@ -30,7 +32,9 @@ def tables_of(origin: Any) -> Mapping[str, pa.Table] | None:
     pandas = sys.modules.get("pandas")
     try:
         if pandas is not None and isinstance(origin, pandas.DataFrame):
-            return {"train": pa.Table.from_pandas(origin, preserve_index=False)}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # pyarrow's ways with pandas, of which nobody here can mend any
+                return {"train": pa.Table.from_pandas(origin, preserve_index=False)}
         if hasattr(origin, "__arrow_c_stream__"):
             return {"train": pa.table(origin)}
     except (pa.ArrowException, ValueError, TypeError) as error:
@@ -51,7 +55,7 @@ def saved(folder: Path) -> Mapping[str, pa.Table]:
         raise MissingExtra("datasets", "hf") from error
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(f"data (={str(folder)!r}) cannot be read as a saved data set: {error}") from error
     tables = tables_of(loaded)
     assert tables is not None
@@ -66,10 +70,10 @@ def _arrow_of(dataset: Any) -> pa.Table:
     for name, feature in dataset.features.items():
         kind, place = type(feature).__name__, table.column_names.index(name)
         if kind == "ClassLabel":
-            names = pa.array([*feature.names, None], pa.string())
-            codes = pa.chunked_array([pa.array([-1 if code is None else code for code in table[name].to_pylist()], pa.int64())])
-            last = len(feature.names)
-            words = names.take(pa.array([last if code < 0 else code for code in codes.to_pylist()]))
+            table = table.set_column(place, name, _named(table[name].combine_chunks(), feature.names))
+        elif kind in ("List", "LargeList", "Sequence") and type(feature.feature).__name__ == "ClassLabel":
+            lists = table[name].cast(pa.list_(pa.int64())).combine_chunks()
+            words = pa.ListArray.from_arrays(lists.offsets, _named(lists.values, feature.feature.names), mask=lists.is_null())
             table = table.set_column(place, name, words)
         elif kind == "Image":
             files = [(f"{name} {row}", _bytes_of(value, name, row)) for row, value in enumerate(table[name].to_pylist())]
@@ -80,4 +84,12 @@ def _arrow_of(dataset: Any) -> pa.Table:
 def _bytes_of(value: Mapping[str, Any] | None, name: str, row: int) -> bytes:
     if value is None:
         raise DataError(f"image {name!r} is missing in row {row + 1}; drop that row")
-    return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    try:
+        return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(f"image {name!r} of row {row + 1} ({value['path']}) cannot be read: {error.strerror or error}") from error
+
+
+def _named(codes: pa.Array, names: list[str]) -> pa.Array:
+    """The names of labels; -1 is none."""
+    return pa.array(names, pa.string()).take(pc.if_else(pc.less(codes, 0), None, codes))

@@ -55,7 +55,8 @@ def _column_hashes(column: pa.ChunkedArray) -> UInt64:
         return mix(np.where(column.is_null().to_numpy(), np.uint64(0x6E756C6C), mix(whole)))
     if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
         numbers = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
-        return mix(np.where(numbers == 0, 0.0, numbers).view(np.uint64))  # -0.0 is 0.0
+        numbers = np.where(numbers == 0, 0.0, np.where(np.isnan(numbers), np.nan, numbers))  # -0.0 is 0.0, and there is one NaN
+        return mix(numbers.view(np.uint64))
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
         column = pa.chunked_array([pa.array([repr(value) for value in column.to_pylist()], pa.string())])
     encoded: Any = column.cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")

@@ -52,9 +52,15 @@ class BlockBatches(Indexed):
         super().__init__(blocks.num_rows, plan.updated(bucket=False), **options)
         self._blocks, self._build, self._collate, self._plan = blocks, build, collate, plan
         self._loaded: dict[tuple[int, int], InMemory] = {}
+        self._listed: tuple[int, list[tuple[list[int], int]]] = (-1, [])
 
     def _groups(self, epoch: int) -> list[tuple[list[int], int]]:
         """(blocks, rows) of each group of an epoch."""
+        if self._listed[0] != epoch:
+            self._listed = (epoch, self._listed_groups(epoch))
+        return self._listed[1]
+
+    def _listed_groups(self, epoch: int) -> list[tuple[list[int], int]]:
         present = [index for index, size in enumerate(self._blocks.sizes) if size]
         if self._shuffle:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
@@ -77,21 +83,30 @@ class BlockBatches(Indexed):
         start, stop = self._bounds(position.offset, share)
         batches = []
         for first in range(start, stop, self.batch_size):
-            parts = self._parts(position.epoch, first, min(stop, first + self.batch_size))
-            batch = parts[0] if len(parts) == 1 else _joined(parts)
+            batch = self._batch(position.epoch, first, min(stop, first + self.batch_size))
             batches.append(self._augmented(batch, position.epoch, first))
         return batches
 
-    def _parts(self, epoch: int, start: int, stop: int) -> list[Any]:
-        """A batch, in two where its rows stand in two groups."""
-        parts, begin = [], 0
+    def _batch(self, epoch: int, start: int, stop: int) -> Any:
+        """One batch, joined where its rows stand in two groups."""
+        parts: list[tuple[InMemory, Tensor]] = []
+        begin = 0
         for number, (blocks, rows) in enumerate(self._groups(epoch)):
             low, high = max(start, begin), min(stop, begin + rows)
             if low < high:
                 group = self._group(epoch, number, blocks)
-                parts.append(group.batch_of(group.order(0)[low - begin : high - begin]))
+                parts.append((group, group.order(epoch)[low - begin : high - begin]))
             begin += rows
-        return parts
+        first = parts[0][0]
+        if len(parts) == 1 or not isinstance(first, RowBatches):
+            paddings = (
+                {name: value.padding for name, value in first.columns.items() if isinstance(value, Ragged)}
+                if isinstance(first, RaggedBatches)
+                else {}
+            )
+            return _joined([group.batch_of(indices) for group, indices in parts], paddings)
+        samples = [sample for group, indices in parts if isinstance(group, RowBatches) for sample in group.samples(indices.tolist())]
+        return self._finish(self._collate(samples))
 
     def __iter__(self) -> Iterator[Any]:
         for table in self._blocks:
@@ -99,16 +114,18 @@ class BlockBatches(Indexed):
             yield from batches_in_memory(self._build(table), plan, self._collate, device=self.device, shuffle=False)
 
 
-def _joined(parts: list[Any]) -> Any:
-    """Batches one after the other; sequences are padded to the longer."""
+def _joined(parts: list[Any], paddings: Mapping[str, int], padding: int = 0) -> Any:
+    """Batches one after the other; sequences are padded to the longer with what stands in `paddings` by name."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if isinstance(first, Mapping):
-        return {name: _joined([part[name] for part in parts]) for name in first}
+        return {name: _joined([part[name] for part in parts], paddings, paddings.get(name, 0)) for name in first}
     if isinstance(first, tuple | list):
-        return type(first)(_joined(list(items)) for items in zip(*parts, strict=True))
+        return type(first)(_joined(list(items), paddings) for items in zip(*parts, strict=True))
     if isinstance(first, Tensor) and first.dim() == 2 and len({part.shape[1] for part in parts}) > 1:
         width = max(part.shape[1] for part in parts)
-        parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=padding) for part in parts]
     return torch.cat(parts)
 
 
@@ -162,7 +179,7 @@ class StreamBatches(Batches):
 
     def _batches(self, rows: list[dict[str, Any]]) -> Iterator[Any]:
         built = self._build(self._stream.table(rows, self._columns))
-        plan = self._plan.updated(batch_size=min(self.batch_size, len(rows)), accumulate=1, bucket=False)
+        plan = self._plan.updated(batch_size=min(self.batch_size, len(rows)), accumulate=1, bucket=False, workers=0)
         yield from batches_in_memory(built, plan, self._collate, device=self.device, shuffle=False)
 
     def __iter__(self) -> Iterator[Any]:
@@ -185,7 +202,7 @@ def make_batches(
 ) -> Batches:
     """Batches of whatever a source gave: a table, blocks or a stream that `build` takes; tensors, a Dataset, a DataLoader.
 
-    `columns` are the Arrow types of a stream's rows.
+    `columns` are the Arrow types of a stream's rows; None takes those of its first.
     """
     batches: Batches
     if isinstance(rows, TensorDataset):
@@ -198,8 +215,8 @@ def make_batches(
         assert build is not None
         batches = BlockBatches(rows, build, plan, collate, **options)
     elif isinstance(rows, Stream):
-        assert build is not None and columns is not None
-        batches = StreamBatches(rows, build, plan, collate, columns=columns, **options)
+        assert build is not None
+        batches = StreamBatches(rows, build, plan, collate, columns=rows.first().schema if columns is None else columns, **options)
     elif isinstance(rows, DataLoader):
         batches = LoaderBatches(rows, plan, device, augment)
     elif isinstance(rows, IterableDataset):

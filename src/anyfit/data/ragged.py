@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyfit.data.batches import Indexed
+from anyfit.data.batches import CHUNK_BYTES, CHUNK_STEPS, Indexed
 from anyfit.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["LENGTHS", "Ragged", "RaggedBatches", "packed"]
 
 LENGTHS = "lengths"  # the key under which a batch says how many values of each row are real
-CHUNK_STEPS = 64
 
 
 class Ragged:
     """`values` (all numbers, one row after the other) and `offsets` (N + 1,); `padding` fills up shorter rows."""
 
     def __init__(self, values: Tensor, offsets: Tensor, padding: int = 0) -> None:
-        if offsets.dim() != 1 or len(offsets) < 1 or int(offsets[-1]) != len(values):
+        if offsets.dim() != 1 or len(offsets) < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
             raise DataError(f"offsets (={tuple(offsets.shape)}) must run from 0 to the {len(values)} values")
         self.values, self.offsets, self.padding = values, offsets, padding
         self.lengths = offsets.diff()
+        if bool((self.lengths < 0).any()):
+            raise DataError("offsets must not fall")
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], padding: int = 0) -> Ragged:
@@ -66,6 +67,8 @@ class RaggedBatches(Indexed):
         self.columns = dict(columns)
         super().__init__(len(ragged), plan, lengths=ragged.lengths, **options)
         self._all_lengths = ragged.lengths
+        longest = sum(int(value.lengths.max()) for value in columns.values() if isinstance(value, Ragged))
+        self._chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // max(1, 8 * longest * self.step_size)))
         self._chunk: tuple[int, int] = (-1, -1)
         self._views: list[list[Any]] = []
 
@@ -73,16 +76,15 @@ class RaggedBatches(Indexed):
         if share is not None:
             start, stop = self._bounds(position.offset, share)
             return self._augment_all(self._gather(self.order(position.epoch)[start:stop], self.batch_size), position.epoch, start)
-        chunk = (position.epoch, position.offset // CHUNK_STEPS)
+        chunk = (position.epoch, position.offset // self._chunk_steps)
         if chunk != self._chunk:
             assert self.rows is not None
-            first = chunk[1] * CHUNK_STEPS * self.step_size
-            batches = self._gather(
-                self.order(position.epoch)[first : min(self.rows, first + CHUNK_STEPS * self.step_size)], self.batch_size
-            )
+            first = chunk[1] * self._chunk_steps * self.step_size
+            last = min(self.rows, first + self._chunk_steps * self.step_size)
+            batches = self._gather(self.order(position.epoch)[first:last], self.batch_size)
             per_step = -(-self.step_size // self.batch_size)
             self._chunk, self._views = chunk, [batches[index : index + per_step] for index in range(0, len(batches), per_step)]
-        window = self._views[position.offset % CHUNK_STEPS]
+        window = self._views[position.offset % self._chunk_steps]
         return window if self._augment is None else self._augment_all(window, position.epoch, position.offset * self.step_size)
 
     def _augment_all(self, window: list[Any], epoch: int, start: int) -> list[Any]:
@@ -98,16 +100,12 @@ class RaggedBatches(Indexed):
             for name, value in self.columns.items()
         }
         whole = self._finish({**whole, LENGTHS: lengths})
-        widths = [max(1, int(part.max())) for part in lengths.split(size)]  # type: ignore[no-untyped-call]
         parts = {name: value.split(size) for name, value in whole.items()}
-        ragged = [name for name, value in self.columns.items() if isinstance(value, Ragged)]
-        batches = []
-        for index, width in enumerate(widths):
-            batch = {name: values[index] for name, values in parts.items()}
-            for name in ragged:
-                batch[name] = batch[name][:, :width]
-            batches.append(batch)
-        return batches
+        for name, value in self.columns.items():
+            if isinstance(value, Ragged):
+                widths = [max(1, int(part.max())) for part in value.lengths[indices].split(size)]  # type: ignore[no-untyped-call]
+                parts[name] = [part[:, :width] for part, width in zip(parts[name], widths, strict=True)]
+        return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
     def batch_of(self, indices: Tensor) -> Any:
         """One batch of some rows, (B,) indices, on the device."""

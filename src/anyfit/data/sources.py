@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import hashlib
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from anyfit.data import frames
 from anyfit.data.blocks import Blocks, hold
-from anyfit.data.files import Files, expand, kind_of, plain_type
-from anyfit.data.folders import ImageFiles, decoded, open_folder
+from anyfit.data.files import Files, expand, kind_of, plain_column, plain_type, without_words
+from anyfit.data.folders import SPLITS, ImageFiles, decoded, open_folder
 from anyfit.data.hashes import image_column, row_hashes
 from anyfit.data.stream import Stream
 from anyfit.errors import DataError
@@ -77,7 +79,10 @@ class Source:
             return _hidden(str(origin))
         if _are_paths(origin):
             return f"{len(origin)} files from {origin[0]}"
-        return f"{type(origin).__name__} of {num_rows(origin)} rows" if not isinstance(origin, DataLoader) else "DataLoader"
+        if isinstance(origin, DataLoader):
+            return "DataLoader"
+        rows = num_rows(origin)
+        return type(origin).__name__ if rows is None else f"{type(origin).__name__} of {rows} rows"
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -87,10 +92,12 @@ class Source:
     def read(self) -> dict[str, Rows]:
         """Rows by split: always `train`; more where the origin has them (the IDX files or the folders of a folder, a DatasetDict)."""
         origin = self.origin
+        if self.size is not None and (len(self.size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.size)):
+            raise DataError(f"size (={self.size!r}) must be (height, width) in pixels, e.g. size=(64, 64)")
         if isinstance(origin, str | os.PathLike) or _are_paths(origin):
             read = self._read_paths(origin)
-        elif isinstance(origin, pa.Table):
-            read = {"train": origin}
+        elif isinstance(origin, pa.Table | pa.RecordBatch):
+            read = {"train": pa.table(origin)}
         elif isinstance(origin, TensorDataset):
             read = {"train": _tensors(origin.tensors)}
         elif (found := frames.tables_of(origin)) is not None:
@@ -110,7 +117,7 @@ class Source:
 
     def _read_paths(self, origin: Any) -> dict[str, Rows]:
         """Whatever a path, a list of them, a URL or a pattern means."""
-        text = str(origin)
+        text = str(origin) if isinstance(origin, str | os.PathLike) else str(origin[0])
         if text == "digits":
             return {"train": _digits()}
         if self.table is not None or self.query is not None or _is_database(text):
@@ -134,9 +141,13 @@ class Source:
             return _read_idx_folder(folder)
         if frames.is_saved(folder):
             return dict(frames.saved(folder))
-        tables = sorted(str(path) for path in folder.iterdir() if path.is_file() and kind_of(path.name) not in (None, "text"))
+        visible = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+        tables = sorted(str(path) for path in visible if kind_of(path.name) not in (None, "text"))
         if tables:
-            return {"train": hold(Files(tables, self.delimiter, self.encoding, self.missing), str(folder))}
+            return {
+                split: hold(Files(paths, self.delimiter, self.encoding, self.missing), str(folder))
+                for split, paths in _by_split(tables).items()
+            }
         return self._read_files_of(folder)
 
     def _read_files_of(self, path: Path) -> dict[str, Rows]:
@@ -146,15 +157,17 @@ class Source:
     def _checked(self, rows: Rows, name: str) -> Rows:
         if not isinstance(rows, pa.Table | Blocks):
             return rows
+        if rows.num_rows == 0:
+            raise DataError(f"data (={name!r}) has no rows; give a source with at least one")
+        twice = sorted(column for column, count in collections.Counter(rows.column_names).items() if count > 1)
+        if twice:
+            raise DataError(f"column {twice[0]!r} stands twice in {name}; rename one of them")
         if isinstance(rows, pa.Table):
             for index, entry in enumerate(rows.schema):  # a column's values, not how they are stored
                 if (plain := plain_type(entry.type)) is not entry.type:
-                    rows = rows.set_column(index, entry.name, rows[entry.name].cast(plain))
-        if rows.num_rows == 0:
-            raise DataError(f"data (={name!r}) has no rows; give a source with at least one")
-        twice = sorted({column for column in rows.column_names if rows.column_names.count(column) > 1})
-        if twice:
-            raise DataError(f"column {twice[0]!r} stands twice in {name}; rename one of them")
+                    rows = rows.set_column(index, entry.name, plain_column(rows.column(index), plain))
+                if self.missing and pa.types.is_string(plain):
+                    rows = rows.set_column(index, entry.name, without_words(rows.column(index), self.missing))
         named = (("target", target) for target in self.targets)
         others = (("group", self.group), ("split", self.split), ("weight", self.weight), *(("ignore", c) for c in self.ignore))
         for what, column in (*named, *others):
@@ -193,6 +206,17 @@ class _Database:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         return self.read()
+
+
+def _by_split(paths: list[str]) -> dict[str, list[str]]:
+    """Files whose names all begin with a split (train.csv, test-00000-of-00001.parquet) are those splits; else all are to train on."""
+    words = {path: re.match(r"[a-z]*", Path(path).name.lower())[0] for path in paths}  # type: ignore[index]
+    if not all(word in SPLITS for word in words.values()) or "train" not in {SPLITS[word] for word in words.values()}:
+        return {"train": paths}
+    result: dict[str, list[str]] = {}
+    for path, word in words.items():
+        result.setdefault(SPLITS[word], []).append(path)
+    return result
 
 
 FILE_SYSTEMS = ("http", "https", "s3", "gs", "gcs", "file", "hdfs")

@@ -21,6 +21,7 @@ from anyfit.data.sources import Source
 from anyfit.data.stream import Stream
 from anyfit.errors import DataError
 from anyfit.tree import first_tensor, map_tensors
+from anyfit.values import digest
 
 __all__ = ["by_column", "by_fraction", "in_tables", "read_splits", "take_fraction", "without"]
 
@@ -45,8 +46,12 @@ def _order(hashes: UInt64, salt: str) -> UInt64:
 
 
 def _below(hashes: UInt64, fraction: float, salt: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    mask: np.ndarray[Any, np.dtype[np.bool_]] = _order(hashes, salt) < np.uint64(int(fraction * 2**64))
+    mask: np.ndarray[Any, np.dtype[np.bool_]] = _order(hashes, salt) < _limit(fraction)
     return mask
+
+
+def _limit(fraction: float) -> np.uint64:
+    return np.uint64(int(fraction * 2**64))
 
 
 def by_fraction(table: pa.Table, fraction: float, *, group: str | None = None, salt: str = "validation") -> tuple[pa.Table, pa.Table]:
@@ -60,10 +65,18 @@ def _blocks_by_fraction(rows: Blocks, fraction: float, group: str | None, salt: 
     if not 0.0 < fraction < 1.0:
         raise DataError(f"fraction (={fraction}) of a split must be between 0 and 1")
 
+    def order_of(table: pa.Table) -> UInt64:
+        return _order(row_hashes(table, None if group is None else [group]), salt)
+
+    extremes = [(order.min(), order.max()) for order in map(order_of, rows)]
+    lowest, highest = min(low for low, _ in extremes), max(high for _, high in extremes)
+    if lowest == highest:
+        raise DataError(f"the rows cannot be split by fraction (={fraction}): they are all equal, or of one group; give separate files")
+    limit = min(max(_limit(fraction), lowest + np.uint64(1)), highest)  # one falls on each side, the same as in memory
+
     def part(inside: bool) -> Blocks:
         def mask_of(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
-            chosen_rows = _below(row_hashes(table, None if group is None else [group]), fraction, salt)
-            return chosen_rows if inside else ~chosen_rows
+            return np.asarray((order_of(table) < limit) == inside)
 
         return rows.where(mask_of, [salt, fraction, group, inside])
 
@@ -73,7 +86,10 @@ def _blocks_by_fraction(rows: Blocks, fraction: float, group: str | None, salt: 
 def _blocks_by_column(rows: Blocks, column: str) -> dict[str, Blocks]:
     words = sorted({str(word).lower() for table in rows for word in pc.unique(table[column].cast(pa.string())).to_pylist()})
     result: dict[str, Blocks] = {}
-    for split in sorted({_split_of(word, column) for word in words}):
+    splits = sorted({_split_of(word, column) for word in words})
+    if "train" not in splits:
+        raise DataError(f"split column {column!r} has no row that says train")
+    for split in splits:
 
         def mask_of(table: pa.Table, split: str = split) -> np.ndarray[Any, np.dtype[np.bool_]]:
             return np.array([SPLITS[str(word).lower()] == split for word in table[column].cast(pa.string()).to_pylist()])
@@ -101,7 +117,8 @@ def in_tables(rows: Any) -> Iterator[pa.Table]:
 def without(rows: Any, columns: Sequence[str]) -> Any:
     """Tables without some columns, where they have them."""
     if isinstance(rows, Blocks):
-        return dataclasses.replace(rows, dropped=(*rows.dropped, *(name for name in columns if name in rows.column_names)))
+        found = [name for name in columns if name in rows.column_names]
+        return dataclasses.replace(rows, dropped=(*rows.dropped, *found), sha256=digest([rows.sha256, found])) if found else rows
     return rows.drop_columns([name for name in columns if name in rows.column_names]) if isinstance(rows, pa.Table) else rows
 
 
@@ -187,7 +204,7 @@ def read_splits(source: Source, validation: Any, test: Any, *, wants_validation:
             other = (
                 given
                 if isinstance(given, Source)
-                else dataclasses.replace(source, origin=given, group=None, split=None, ignore=(), table=None, query=None)
+                else dataclasses.replace(source, origin=given, group=None, split=None, ignore=(), weight=None, table=None, query=None)
             )
             read = other.read()
             parts[name] = read.get("test", read["train"]) if name == "test" else read["train"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +30,7 @@ class Stream:
     rows: Callable[[], Iterable[Any]] | Iterable[Any]
     buffer: int = 1000
     head: int = HEAD_ROWS
+    _last: Any = field(default=None, init=False, repr=False, compare=False)  # a reference: the place of a dead one may be taken again
 
     def __post_init__(self) -> None:
         if isinstance(self.rows, Iterator):
@@ -48,6 +49,12 @@ class Stream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         source = self.rows() if callable(self.rows) else self.rows
+        if isinstance(source, Iterator):
+            if source is self._last:
+                raise DataError(
+                    f"rows gave the same {type(source).__name__} twice, which can be read once only; let the function make a new one at each call"
+                )
+            object.__setattr__(self, "_last", source)
         for item in source:
             if isinstance(item, pa.Table | pa.RecordBatch):
                 yield from item.to_pylist()
@@ -71,11 +78,19 @@ class Stream:
             yield held[place]
 
     def table(self, rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> pa.Table:
-        """Rows as a table, in the types of `schema`."""
-        try:
-            return pa.Table.from_pylist(rows, schema=schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(f"a row of the stream does not fit its columns: {error}") from error
+        """Rows as a table, in the types of `schema`; else with every column that one of them has."""
+        names = list(dict.fromkeys(name for row in rows for name in row)) if schema is None else schema.names
+        columns = []
+        for name in names:
+            values = [row.get(name) for row in rows]
+            try:
+                kind = None if schema is None else schema.field(name).type
+                whole = kind is not None and pa.types.is_integer(kind)  # told of the type, pyarrow cuts 2.5 to 2 in silence
+                columns.append(pa.array(values).cast(kind) if whole else pa.array(values, kind))
+            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+                what = "" if schema is None else f" ({schema.field(name).type} by the first {self.head} rows; raise head, or give one type)"
+                raise DataError(f"column {name!r} of a stream holds what does not fit it{what}: {error}") from error
+        return pa.Table.from_arrays(columns, names=names)
 
     def first(self) -> pa.Table:
         """The rows at the start, as a table."""

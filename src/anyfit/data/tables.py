@@ -17,18 +17,22 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from anyfit.data.blocks import ALMOST, ODD
 from anyfit.data.files import NUMBER
 from anyfit.data.hashes import pixels_of
 from anyfit.errors import DataError
-from anyfit.schema import Column, ColumnType, Schema
+from anyfit.schema import DATETIME_PARTS, Column, ColumnType, Schema
 from anyfit.update import WIDE, Update
+from anyfit.values import parse
 
 __all__ = ["describe", "fitted", "infer_schema", "statistics", "tensor_schema", "to_tensors"]
 
 COUNTS = (0,)  # whole numbers need no fraction bits
 MOST_TARGET_VALUES = 100  # a whole-number target with at most so many distinct values is taken for classes
-ALMOST = 0.98  # a column of words of which at least so many are numbers is a column of numbers with words for "missing" in it
 YEAR_S, WEEK_S, DAY_S = 365.2425 * 86400, 7 * 86400, 86400
+NOTHING_KNOWN = 0.0  # as `std`: all training rows lacked it, so whatever stands there later counts as missing too
+MOST_SQUARES = 2.0**124  # of one table: sums over all hold less than 2^128
+SPELT = r"(?i)^[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf|infinity)$"
 EXTREMES = 100  # lowest and highest values that a description keeps
 
 
@@ -45,7 +49,7 @@ def infer_schema(
     for field in table.schema:
         if field.name in ignore or field.name == weight:
             continue
-        kind = (types or {}).get(field.name) or _infer_type(field.name, table[field.name], field.name in targets, len(targets) > 1)
+        kind = (types or {}).get(field.name) or _infer_type(field, table[field.name], field.name in targets, len(targets) > 1)
         shape = tuple(field.type.shape) if isinstance(field.type, pa.FixedShapeTensorType) else ()
         columns.append(Column(field.name, kind, shape=shape, multiple=kind == "categorical" and _is_list(field.type)))
     unknown = sorted(set(types or {}) - set(table.column_names))
@@ -64,11 +68,12 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-def _infer_type(name: str, column: pa.ChunkedArray, is_target: bool, several: bool) -> ColumnType:
+def _infer_type(field: pa.Field, column: pa.ChunkedArray, is_target: bool, several: bool) -> ColumnType:
+    name = field.name
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    if _is_list(kind) and pa.types.is_string(kind.value_type) and is_target:
+    if _is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_integer(kind.value_type)) and is_target:
         return "categorical"
     if isinstance(kind, pa.FixedShapeTensorType):
         return "image"
@@ -87,7 +92,8 @@ def _infer_type(name: str, column: pa.ChunkedArray, is_target: bool, several: bo
         return "continuous"
     if pa.types.is_boolean(kind) or is_target:
         return "categorical"
-    return _infer_words(name, column.cast(pa.string()))
+    odd = (field.metadata or {}).get(ODD)
+    return _infer_words(name, column.cast(pa.string()), None if odd is None else parse(odd))
 
 
 def _says_identifier(name: str) -> bool:
@@ -96,21 +102,28 @@ def _says_identifier(name: str) -> bool:
     )
 
 
-def _infer_words(name: str, column: pa.ChunkedArray) -> ColumnType:
-    """Text is mostly distinct and of several words; an identifier is distinct and of one; anything else is a category."""
+def _infer_words(name: str, column: pa.ChunkedArray, odd: tuple[str, int] | None) -> ColumnType:
+    """Text is mostly distinct and of several words; an identifier is distinct and of one; anything else is a category.
+
+    `odd`: a word among numbers, and its row, in rows that are not of this column.
+    """
     known = column.drop_null()
     if len(known) == 0:
         return "categorical"
     distinct = pc.count_distinct(known).as_py()
     if distinct > 50:
-        numeric = pc.match_substring_regex(known, NUMBER)
+        numeric = pc.match_substring_regex(column, NUMBER)
         share = pc.mean(numeric).as_py()
-        if ALMOST <= share < 1:
-            place = pc.index(pc.fill_null(pc.match_substring_regex(column, NUMBER), True), False).as_py()
+        if odd is None and ALMOST <= share < 1:
+            place = pc.index(numeric, False).as_py()
+            odd = (column[place].as_py()[:40], place + 1)
+        if odd is not None:
             raise DataError(
-                f"column {name!r} holds numbers, but {column[place].as_py()[:40]!r} in row {place + 1}; name what stands for a missing value "
+                f"column {name!r} holds numbers, but {odd[0]!r} in row {odd[1]}; name what stands for a missing value "
                 f"(missing), or force its type (types: {name}=categorical or text)"
             )
+        if share == 1 and not _says_identifier(name) and not pc.any(pc.match_substring_regex(column, r"^\s*[-+]?0\d")).as_py():
+            return "continuous"  # numbers that were written as text; a code has zeros in front
     words = pc.mean(pc.add(pc.count_substring_regex(pc.utf8_trim_whitespace(known), r"\s+"), 1)).as_py()
     if distinct > len(known) / 2 and words >= 3:
         return "text"
@@ -121,6 +134,14 @@ def _infer_words(name: str, column: pa.ChunkedArray) -> ColumnType:
 
 def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(N,) float64 with NaN for missing."""
+    if pa.types.is_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
+        place = pc.index(pc.match_substring_regex(column, SPELT), False).as_py()
+        if place >= 0:
+            raise DataError(
+                f"column {name!r} is continuous but holds {column[place].as_py()[:40]!r} in row {place + 1}, which is no number; name what "
+                f"stands for a missing value (missing), or force its type (types: {name}=categorical or text)"
+            )
     try:
         numbers = pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -131,13 +152,25 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.
     return np.asarray(numbers, dtype=np.float64)
 
 
+def _squares(numbers: np.ndarray[Any, Any], name: str) -> float:
+    """The sum of squares; refused where sums over all rows could not hold it."""
+    with np.errstate(over="ignore"):
+        total = float((numbers * numbers).sum())
+    if not total < MOST_SQUARES:
+        raise DataError(
+            f"column {name!r} holds {np.abs(numbers).max():.3g}, which is too large to be standardised; leave the column out (ignore), scale "
+            f"it, or force its type (types: {name}=identifier or categorical)"
+        )
+    return total
+
+
 def _moments(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(N,) seconds since 1970 as float64, NaN for missing."""
     try:
-        whole = column.cast(pa.timestamp("us", column.type.tz if pa.types.is_timestamp(column.type) else None))
+        whole = column.cast(pa.timestamp("us", column.type.tz if pa.types.is_timestamp(column.type) else None), safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"column {name!r} is a datetime but holds {column.type} that is none: {error}") from error
-    return np.asarray(pc.fill_null(whole.cast(pa.int64()).cast(pa.float64()), math.nan).to_numpy(), dtype=np.float64) * 1e-6
+    return np.asarray(pc.fill_null(whole.cast(pa.int64()).cast(pa.float64(), safe=False), math.nan).to_numpy(), dtype=np.float64) * 1e-6
 
 
 def _parts_of_moments(seconds: np.ndarray[Any, Any], column: Column) -> np.ndarray[Any, Any]:
@@ -172,7 +205,7 @@ def statistics(table: pa.Table, schema: Schema) -> Update:
             known = numbers[~np.isnan(numbers)]
             sums = {
                 "sum": torch.tensor(known.sum()),
-                "squares": torch.tensor((known * known).sum()),
+                "squares": torch.tensor(_squares(known, column.name), dtype=torch.float64),
                 "missing": torch.tensor(float(len(numbers) - len(known))),
             }
             total = total.joined(Update.of(f"mean:{column.name}", sums, float(len(known)), WIDE))
@@ -180,14 +213,26 @@ def statistics(table: pa.Table, schema: Schema) -> Update:
             total = total.joined(_category_statistics(values, column))
         elif column.type == "image":
             total = total.joined(_image_statistics(pixels_of(values), column.name))
+    if schema.weight is not None:
+        weights = _row_weights(table, schema)
+        if weights is None:
+            raise DataError(f"weight (={schema.weight!r}) is not a column; the table has: {', '.join(table.column_names)}")
+        total = total.joined(Update.of(f"weight:{schema.weight}", {"sum": weights.sum()}, float(len(weights)), WIDE))
     return total
 
 
 def _category_statistics(values: pa.ChunkedArray, column: Column) -> Update:
-    words = _words(pc.list_flatten(values)) if column.multiple else _words(values)
+    words = _words_of_lists(values) if column.multiple else _words(values)
     counted = pc.value_counts(words.combine_chunks()).to_pylist()
     sums = {entry["values"]: torch.tensor(entry["counts"]) for entry in counted if entry["values"] is not None}
     return Update.of(f"categories:{column.name}", sums, float(len(values) - values.null_count), COUNTS)
+
+
+def _words_of_lists(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The categories of all rows; one that a row names twice counts once."""
+    flat = _words(pc.list_flatten(values))
+    pairs = pa.table({"row": pc.list_parent_indices(values.combine_chunks()), "word": flat.combine_chunks()})
+    return pairs.group_by(["row", "word"]).aggregate([])["word"]
 
 
 def _image_statistics(pixels: np.ndarray[Any, Any], name: str) -> Update:
@@ -209,6 +254,9 @@ def fitted(schema: Schema, total: Update, *, rare: int = 1, balance: bool = Fals
         raise DataError(f"balance (=True) needs a target of classes, but {schema.target!r} is none")
     if balance and schema.multilabel:
         raise DataError("balance (=True) needs one class for each row, but this target may have several; leave it off")
+    group = f"weight:{schema.weight}"
+    if schema.weight is not None and total.count(group) > 0 and not float(total.sums(group)["sum"]) > 0:
+        raise DataError(f"weight {schema.weight!r} is 0 in all rows; at least one must count")
     columns = []
     for column in schema.columns:
         if column.type in ("continuous", "image", "datetime"):
@@ -227,8 +275,8 @@ def fitted(schema: Schema, total: Update, *, rare: int = 1, balance: bool = Fals
 
 def _fit_mean(column: Column, total: Update) -> Column:
     group = f"mean:{column.name}"
-    if not total.count(group) > 0:  # all missing: whatever stands there later counts as missing too
-        return replace(column, mean=0.0, std=1.0)
+    if not total.count(group) > 0:
+        return replace(column, mean=0.0, std=NOTHING_KNOWN)
     means = total.mean(group)
     variance = (means["squares"] - means["sum"] ** 2).clamp(min=0)
     # what rounding leaves of a constant column's variance is not a spread: float64 keeps it below 1e-14 of the squares, and fixed
@@ -302,7 +350,10 @@ def _continuous(table: pa.Table, schema: Schema) -> np.ndarray[Any, Any]:
     numbers, moments = schema.of_type("continuous"), schema.of_type("datetime")
     parts, indicators = [], []
     for column in (*numbers, *moments):
-        if column.type == "continuous":
+        if column.std == NOTHING_KNOWN:
+            values = np.full(table.num_rows, math.nan)
+            parts.append(np.zeros((table.num_rows, 1 if column.type == "continuous" else DATETIME_PARTS)))
+        elif column.type == "continuous":
             values = _numbers(table[column.name], column.name)
             mean, std = float(column.mean or 0.0), float(column.std or 1.0)  # type: ignore[arg-type]
             parts.append(np.nan_to_num((values - mean) / std, nan=0.0)[:, None])
@@ -321,8 +372,6 @@ def _row_weights(table: pa.Table, schema: Schema) -> Tensor | None:
     bad = np.nonzero(~(weights >= 0))[0]
     if len(bad):
         raise DataError(f"weight {schema.weight!r} is {weights[bad[0]]} in row {bad[0] + 1}; weights must be numbers from 0 up")
-    if not weights.any():
-        raise DataError(f"weight {schema.weight!r} is 0 in all rows; at least one must count")
     return torch.from_numpy(weights.copy())
 
 
@@ -354,6 +403,8 @@ def _one_target(table: pa.Table, column: Column) -> Tensor:
         if np.isnan(numbers).any():
             raise DataError(f"target {column.name!r} is missing in {int(np.isnan(numbers).sum())} rows; drop them or fill them")
         return torch.from_numpy(numbers.copy())
+    if column.type != "categorical":
+        raise DataError(f"target {column.name!r} is of type {column.type}, which is neither a number nor a class; force its type (types)")
     codes = _codes(values, column)
     unseen = codes == -1
     if unseen.any():
@@ -437,7 +488,7 @@ def _described(values: pa.ChunkedArray, column: Column) -> dict[str, Any]:
             return {"missing": len(numbers)}
         lowest, highest = known[:EXTREMES].tolist(), known[::-1][:EXTREMES].tolist()
         if column.type == "datetime":
-            lowest, highest = ([np.datetime64(int(value), "s").item().isoformat() for value in part] for part in (lowest, highest))
+            lowest, highest = ([str(np.datetime64(math.floor(value), "s")) for value in part] for part in (lowest, highest))
             return {"missing": len(numbers) - len(known), "lowest": lowest, "highest": highest}
         spread = {"mean": float(known.mean()), "std": float(known.std()), "median": float(np.median(known))}
         return {"missing": len(numbers) - len(known), **spread, "lowest": lowest, "highest": highest}

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from anyfit.data.blocks import cache_folder
 from anyfit.data.ragged import Ragged
-from anyfit.errors import DataError, MissingExtra
+from anyfit.errors import DataError, MissingExtra, StorageError
 from anyfit.update import Update
 from anyfit.values import atomic, digest
 
@@ -119,27 +120,46 @@ def padding_of(tokenizer: Tokenizer) -> int:
 
 def encoded(texts: pa.ChunkedArray, tokenizer_json: str, max_length: int) -> Ragged:
     """Ids of each text, cut at `max_length`; an empty text is one unknown word. Large sets are kept on disk for the next time."""
-    place = None
-    if texts.nbytes > CACHED_BYTES:
-        hasher = hashlib.sha256()
-        for chunk in texts.chunks:
-            for text in chunk:
-                data = text.as_buffer()
-                hasher.update(len(data).to_bytes(8, "little"))
-                hasher.update(data)
-        key = digest(["tokens", 1, hasher.hexdigest(), hashlib.sha256(tokenizer_json.encode()).hexdigest(), max_length])
-        place = cache_folder() / f"{key[:32]}.safetensors"
-        if place.exists():
-            try:
-                held = load_file(place)
-                return Ragged(held["values"], held["offsets"], padding_of(tokenizer_of(tokenizer_json)))
-            except (SafetensorError, KeyError, OSError):
-                place.unlink(missing_ok=True)
+    if texts.nbytes <= CACHED_BYTES:
+        return _encoded(texts, tokenizer_json, max_length)
+    # chunks by themselves, where they are large: they are a file's blocks, which each epoch puts together in another way
+    large = max(chunk.nbytes for chunk in texts.chunks) >= CACHED_BYTES / 4
+    pieces = [
+        _kept(pa.chunked_array(part), tokenizer_json, max_length) for part in ([[c] for c in texts.chunks] if large else [texts.chunks])
+    ]
+    offsets = [torch.zeros(1, dtype=torch.int64)]
+    for piece in pieces:
+        offsets.append(piece.offsets[1:] + offsets[-1][-1])
+    return Ragged(torch.cat([piece.values for piece in pieces]), torch.cat(offsets), pieces[0].padding)
+
+
+def _kept(texts: pa.ChunkedArray, tokenizer_json: str, max_length: int) -> Ragged:
+    """As `_encoded`, kept on disk. What is not whole there is made anew; a full disk costs only the next time."""
+    hasher = hashlib.sha256()
+    for chunk in texts.chunks:
+        for text in chunk:
+            data = text.as_buffer()
+            hasher.update(len(data).to_bytes(8, "little"))
+            hasher.update(data)
+    key = digest(["tokens", 2, hasher.hexdigest(), hashlib.sha256(tokenizer_json.encode()).hexdigest(), max_length])
+    place = cache_folder() / f"{key[:32]}.safetensors"
+    with suppress(SafetensorError, KeyError, OSError):
+        held = load_file(place)
+        if _checksum(held["values"], held["offsets"]) == held["sha256"].tolist():
+            return Ragged(held["values"], held["offsets"], padding_of(tokenizer_of(tokenizer_json)))
     result = _encoded(texts, tokenizer_json, max_length)
-    if place is not None:
-        with atomic(place) as temporary:
-            save_file({"values": result.values, "offsets": result.offsets}, temporary)
+    checksum = torch.tensor(_checksum(result.values, result.offsets), dtype=torch.uint8)
+    with suppress(StorageError, SafetensorError), atomic(place) as temporary:
+        save_file({"values": result.values, "offsets": result.offsets, "sha256": checksum}, temporary)
     return result
+
+
+def _checksum(*tensors: torch.Tensor) -> list[int]:
+    hasher = hashlib.sha256()
+    for tensor in tensors:
+        hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.numpy().data)
+    return list(hasher.digest())
 
 
 def _encoded(texts: pa.ChunkedArray, tokenizer_json: str, max_length: int) -> Ragged:

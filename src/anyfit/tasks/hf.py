@@ -5,11 +5,15 @@ B texts, T tokens of the longest, V words of the vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import fnmatch
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -32,6 +36,15 @@ if TYPE_CHECKING:
 __all__ = ["HuggingFace"]
 
 IGNORED = -100
+SPECIAL = {  # what transformers calls them -> the words that a tokenizer may have for them
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "bos": ("<s>", "<|endoftext|>"),
+    "eos": ("</s>", "<|endoftext|>"),
+}
 UNDECAYED = ("bias", "norm.weight", "layernorm.weight", "layer_norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
 
 
@@ -50,7 +63,8 @@ class HuggingFace(TextTask):
     its config alone. `config`: in place of `model`, a config as JSON with its `model_type`; the vocabulary is then learnt from the
     training texts, or `tokenizer` is given. `freeze`: patterns of parameter names that do not train. `lora`: the rank of adapters
     that train in place of the weights (peft). `mask`: the share of words to be guessed; `pack` cuts the text of a language model
-    into rows of `max_length` without padding.
+    into rows of `max_length` without padding. Where numbers are learnt, the saved config's `target_unit` holds mean and deviation of
+    each, by which `transformers`' own outputs are to be multiplied.
     """
 
     model: str | None = None
@@ -92,9 +106,10 @@ class HuggingFace(TextTask):
         """The model's tokenizer as JSON."""
         transformers = _library()
         try:
-            found = transformers.AutoTokenizer.from_pretrained(self.model)
+            with _quiet():
+                found = transformers.AutoTokenizer.from_pretrained(self.model)
         except (OSError, ValueError) as error:
-            raise TaskError(f"model (={self.model!r}) has no tokenizer that can be read: {error}; give tokenizer=") from error
+            raise TaskError(f"model (={self.model!r}) has no tokenizer that can be read: {_short(error)}; give tokenizer=") from error
         if not getattr(found, "is_fast", False):
             raise TaskError(f"the tokenizer of model (={self.model!r}) has no tokenizer.json; give one with tokenizer=")
         return str(found.backend_tokenizer.to_str())
@@ -103,7 +118,9 @@ class HuggingFace(TextTask):
         built = super().build_dataset(table, split, schema)
         if self.objective == "classification" or not self.pack or split == "predict":
             return built
-        return {"input_ids": data.packed(built["input_ids"], self.max_length)}
+        tokenizer = data.tokenizer_of(self._tokenizer(schema))
+        ends = None if tokenizer.num_special_tokens_to_add(False) else _first(tokenizer, ("[SEP]", "</s>", "<|endoftext|>"))
+        return {"input_ids": data.packed(built["input_ids"], self.max_length, ends)}
 
     def build_model(self, schema: Schema) -> nn.Module:
         transformers = _library()
@@ -127,19 +144,24 @@ class HuggingFace(TextTask):
                 model = (
                     auto.from_config(config)
                     if self.config is not None or not self.pretrained
-                    else auto.from_pretrained(self.model, **options)
+                    # a last layer of other classes is made anew
+                    else auto.from_pretrained(self.model, ignore_mismatched_sizes=self.objective == "classification", **options)
                 )
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 what = f"config (={self.config!r})" if self.model is None else f"model (={self.model!r})"
-                raise TaskError(f"{what} cannot be made for {self.objective}: {error}") from error
+                raise TaskError(f"{what} cannot be made for {self.objective}: {_short(error)}") from error
         table = model.get_input_embeddings()
         if table.num_embeddings < words:
             raise TaskError(
                 f"the model knows {table.num_embeddings} words, but the tokenizer has {words}; give the tokenizer that belongs to it"
             )
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = _longest(model)
         if longest is not None and self.max_length > longest:
             raise InputError(f"max_length (={self.max_length}) is more than the {longest} positions that the model knows")
+        if getattr(model.config, "pad_token_id", None) is None:  # GPT-2 finds the end of a text by it
+            model.config.pad_token_id = data.padding_of(data.tokenizer_of(self._tokenizer(schema)))
+        columns = [] if schema.classes is not None or self.objective != "classification" else [schema[name] for name in schema.targets]
+        model.config.target_unit = [[float(column.mean or 0.0), float(column.std or 1.0)] for column in columns] or None  # type: ignore[arg-type]
         _freeze(model, self.freeze)
         built: nn.Module = self._adapted(model) if self.lora else model
         if self.objective == "masked-lm":
@@ -148,7 +170,7 @@ class HuggingFace(TextTask):
 
     def _words(self, schema: Schema) -> _Words:
         tokenizer = data.tokenizer_of(self._tokenizer(schema))
-        mask = next((found for word in ("[MASK]", "<mask>") if (found := tokenizer.token_to_id(word)) is not None), None)
+        mask = _first(tokenizer, SPECIAL["mask"])
         if mask is None:
             raise TaskError("the tokenizer has no word for a mask ([MASK] or <mask>), so nothing can be masked; give another")
         special = tuple(sorted(index for index, word in tokenizer.get_added_tokens_decoder().items() if word.special))
@@ -162,7 +184,9 @@ class HuggingFace(TextTask):
         kinds = {"classification": "SEQ_CLS", "masked-lm": None, "causal-lm": "CAUSAL_LM"}
         config = peft.LoraConfig(task_type=kinds[self.objective], r=self.lora, lora_alpha=2 * self.lora, lora_dropout=0.05)
         try:
-            return peft.get_peft_model(model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on what it mends itself, and on names within transformers
+                return peft.get_peft_model(model, config)
         except ValueError as error:
             raise TaskError(f"lora (={self.lora}) cannot be added to this model: {error}") from error
 
@@ -198,6 +222,9 @@ class HuggingFace(TextTask):
         logits: Tensor = model(input_ids=ids_BT, attention_mask=real_BT).logits
         if self.objective == "causal-lm":
             return logits[:, :-1]
+        if (unit := getattr(model.config, "target_unit", None)) is not None:
+            means_K, deviations_K = logits.new_tensor(unit).unbind(1)
+            logits = logits * deviations_K + means_K
         return logits.squeeze(1) if logits.dim() == 2 and logits.shape[1] == 1 else logits
 
     def evaluate_step(self, model: nn.Module, batch: Any) -> Step:
@@ -231,15 +258,17 @@ class HuggingFace(TextTask):
         place = Path(folder)
         if place.exists():
             raise InputError(f"folder (={str(folder)!r}) exists; choose another name")
-        merged = model.merge_and_unload() if self.lora else model  # type: ignore[operator]
+        # merging takes the adapters out of the model that it is given
+        merged = copy.deepcopy(model).merge_and_unload() if self.lora else model  # type: ignore[operator]
         tokenizer = data.tokenizer_of(self._tokenizer(schema))
-        named = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        known = {f"{name}_token": word for name, word in named.items() if tokenizer.token_to_id(word) is not None}
+        found = {name: next((w for w in words if tokenizer.token_to_id(w) is not None), None) for name, words in SPECIAL.items()}
+        known = {f"{name}_token": word for name, word in found.items() if word is not None}
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
         try:
-            merged.save_pretrained(temporary)  # type: ignore[operator]
-            transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known).save_pretrained(temporary)
+            with _quiet():
+                merged.save_pretrained(temporary)  # type: ignore[operator]
+                transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known).save_pretrained(temporary)
             temporary.chmod(0o755)
             temporary.replace(place)
         except OSError as error:
@@ -257,16 +286,38 @@ def _library() -> Any:
     return transformers
 
 
-class _quiet:
-    """Without the library's word on new heads and its bars."""
+def _first(tokenizer: Any, words: Iterable[str]) -> int | None:
+    """The id of the first of these words that a tokenizer has."""
+    return next((found for word in words if (found := tokenizer.token_to_id(word)) is not None), None)
 
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("transformers")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
 
-    def __exit__(self, *error: object) -> None:
-        self.logger.setLevel(self.level)
+def _longest(model: nn.Module) -> int | None:
+    """Positions that a model knows; RoBERTa and its kin number them from padding + 1 on."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
+    before = getattr(table, "padding_idx", None)
+    return longest if longest is None or before is None else longest - before - 1
+
+
+def _short(error: Exception) -> str:
+    """The beginning of an error, which may list every model there is."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's word on new heads and its bars; those of a download stay."""
+    logger, own = logging.getLogger("transformers"), _library().utils.logging
+    level, hook = logger.level, None
+    logger.setLevel(logging.ERROR)
+    if hasattr(own, "set_tqdm_hook"):  # what switches bars off would switch those of downloads off too, and for good
+        hook = own.set_tqdm_hook(lambda make, arguments, options: make(*arguments, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if hasattr(own, "set_tqdm_hook"):
+            own.set_tqdm_hook(hook)
 
 
 def _freeze(model: nn.Module, patterns: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ Its Dropout2d on a flat tensor is a plain Dropout here, and its loss takes logit
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,21 +70,27 @@ def _shifted(image_BCHW: Tensor, most: int, chance_B2: Tensor) -> Tensor:
 
 
 class StagedNet(nn.Module):
-    """Colour images: stages of two padded convolutions and a pooling, each with twice the channels, then hidden and classes."""
+    """Colour images: a convolution, then stages of two with twice the channels; each stage is pooled and normalised by groups.
+
+    (No batch statistics: sites and unequal workers could not share them.)
+    """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], task: Image) -> None:
         super().__init__()
         width, height, breadth = shape
-        layers: list[nn.Module] = [Standardize(mean, std)]
+
+        def convolution(into: int, out: int) -> list[nn.Module]:
+            return [nn.Conv2d(into, out, 3, padding=1, bias=False), nn.GroupNorm(math.gcd(8, out), out), nn.ReLU()]
+
         channels = task.channels
+        layers: list[nn.Module] = [Standardize(mean, std), *convolution(width, channels), nn.MaxPool2d(2)]
+        height, breadth = height // 2, breadth // 2
         while min(height, breadth) >= 8:
-            for out in (channels, channels):
-                layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
-                width = out
-            layers += [nn.MaxPool2d(2), nn.Dropout2d(task.dropout / 2)]
-            height, breadth, channels = height // 2, breadth // 2, min(2 * channels, 8 * task.channels)
-        layers += [nn.Flatten(), nn.Linear(width * height * breadth, task.hidden), nn.ReLU(), nn.Dropout(2 * task.dropout)]
-        self.layers = nn.Sequential(*layers, nn.Linear(task.hidden, num_classes))
+            wider = min(2 * channels, 8 * task.channels)
+            layers += [*convolution(channels, wider), *convolution(wider, wider), nn.MaxPool2d(2)]
+            channels, height, breadth = wider, height // 2, breadth // 2
+        layers += [nn.Flatten(), nn.Dropout(task.dropout), nn.Linear(channels * height * breadth, num_classes)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.layers(image)
@@ -91,7 +98,7 @@ class StagedNet(nn.Module):
 
 
 class Image(Task):
-    """Classify images (uint8 or float, C x H x W). Batch: `image` (B, C, H, W), `target` (B,).
+    """Classify images (uint8 or float, C x H x W). `hidden` units are those of small or grey images. Batch: `image` (B, C, H, W), `target` (B,).
 
     Training images are shifted by up to `shift` pixels and, with `flip`, mirrored at random; None: colour images are, by an
     eighth of their width. (A mirrored digit is another digit.)

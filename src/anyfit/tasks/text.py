@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anyfit import data
-from anyfit.errors import DataError, InputError
+from anyfit.errors import DataError, InputError, TaskError
 from anyfit.schedule import Schedule, cosine
 from anyfit.schema import Schema
 from anyfit.task import Task, adamw
@@ -59,6 +59,8 @@ class TextTask(Task):
     def prepare(self, schema: Schema, statistics: Update) -> Schema:
         fitted = super().prepare(schema, statistics)
         if self.tokenizer is not None:
+            if not isinstance(self.tokenizer, File):
+                raise TaskError(f"tokenizer (={self.tokenizer!r}) must be a File; write File.of({self.tokenizer!r})")
             text = self.tokenizer.read().decode()
         else:
             text = data.trained_tokenizer(
@@ -131,6 +133,16 @@ class TextNetwork(TextTask):
     unknown: float = 0.0
 
 
+class _Thinning(nn.Dropout):
+    """While training, some words are taken for the unknown one."""
+
+    def forward(self, input_ids: Tensor, unknown: int, padding: int | None) -> Tensor:  # type: ignore[override]
+        if not (self.training and self.p):
+            return input_ids
+        dropped = torch.rand(input_ids.shape, device=input_ids.device) < self.p
+        return torch.where(dropped & (input_ids != padding), unknown, input_ids)
+
+
 class _Embedded(nn.Module):
     """Word vectors, some of them dropped, and the last layer. (In evaluation nothing is dropped.)"""
 
@@ -143,7 +155,7 @@ class _Embedded(nn.Module):
         nn.init.normal_(self.embeddings.weight, std=task.embedding_std)
         with torch.no_grad():
             self.embeddings.weight[self.embeddings.padding_idx].zero_()
-        self.unknown, self.unknown_id = task.unknown, tokenizer.token_to_id("[UNK]")
+        self.thinning, self.unknown_id = _Thinning(task.unknown), tokenizer.token_to_id("[UNK]")
         self.dropout = nn.Dropout(task.dropout)
         self.output_layer = nn.Linear(width, schema.num_outputs)
         self.unit = nn.Sequential(*unit_of(schema))
@@ -154,10 +166,10 @@ class _Embedded(nn.Module):
 
     def thinned(self, input_ids: Tensor) -> Tensor:
         """(B, T) with some words taken for unknown while training."""
-        if self.training and self.unknown and self.unknown_id is not None:
-            dropped = torch.rand(input_ids.shape, device=input_ids.device) < self.unknown
-            input_ids = torch.where(dropped & (input_ids != self.embeddings.padding_idx), self.unknown_id, input_ids)
-        return input_ids
+        if self.unknown_id is None:
+            return input_ids
+        out: Tensor = self.thinning(input_ids, self.unknown_id, self.embeddings.padding_idx)
+        return out
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, E)"""
@@ -269,6 +281,7 @@ class TransformerClassifier(_Embedded):
         layer = nn.TransformerEncoderLayer(
             task.embedding, task.heads, 4 * task.embedding, task.dropout / 2, "gelu", batch_first=True, norm_first=True
         )
+        layer.self_attn.dropout = 0.0  # the three modules of a layer drop out already; this one would be a function
         self.encoder = nn.TransformerEncoder(layer, task.layers, nn.LayerNorm(task.embedding), enable_nested_tensor=False)
         half = torch.exp(torch.arange(0, task.embedding, 2) * (-math.log(10_000.0) / task.embedding))
         angles = torch.arange(task.max_length)[:, None] * half

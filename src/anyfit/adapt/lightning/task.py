@@ -1,7 +1,4 @@
-"""A LightningModule as a task, by its methods alone: neither `lightning` nor `pytorch_lightning` is imported.
-
-What cannot be honoured is refused by name when the task is made, not skipped while it trains.
-"""
+"""The methods of a LightningModule as those of a task, and what the module meets instead of Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -10,16 +7,15 @@ import hashlib
 import inspect
 import math
 import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from anyfit.adapt.lightning.optimizers import configured, spelled
 from anyfit.errors import InputError, TaskError
 from anyfit.schedule import Schedule
 from anyfit.schema import Schema
@@ -32,23 +28,20 @@ if TYPE_CHECKING:
 
     from anyfit.engine import Trainer
 
-__all__ = ["LightningTask", "from_lightning"]
+__all__ = ["LightningTask", "Notes", "from_lightning"]
 
-# What Lightning would call and anyfit does not. Removed hooks of older versions stand here too: Lightning 2 refuses them as well.
+STAGES, MOMENTS = ("validation", "test", "predict"), ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "teardown")
+# What Lightning would call and anyfit does not. Hooks that Lightning 2 refuses stand here too.
 REFUSED = (
     *("on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
     *("on_train_batch_start", "on_train_batch_end", "on_validation_model_zero_grad"),
-    *(
-        f"on_{stage}_{moment}"
-        for stage in ("validation", "test", "predict")
-        for moment in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end", "model_eval", "model_train")
-    ),
+    *(f"on_{stage}_{moment}" for stage in STAGES for moment in (*MOMENTS, "model_eval", "model_train")),
     *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "backward", "optimizer_step"),
     *("optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping", "clip_gradients"),
-    *("configure_callbacks", "configure_model", "configure_sharded_model", "teardown", "on_save_checkpoint", "on_load_checkpoint"),
-    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "log", "log_dict"),
-    *("training_step_end", "validation_step_end", "test_step_end"),
-    *("training_epoch_end", "validation_epoch_end", "test_epoch_end"),
+    *("configure_callbacks", "configure_model", "configure_sharded_model", "on_save_checkpoint", "on_load_checkpoint"),
+    *(*TRANSFERS, "log", "log_dict"),
+    *(f"{stage}_{end}" for stage in ("training", "validation", "test") for end in ("step_end", "epoch_end")),
 )
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 THEIRS = ("lightning.pytorch.core.", "lightning.fabric.", "pytorch_lightning.core.", "lightning_fabric.", "torch.")
@@ -81,7 +74,7 @@ def from_lightning(module: nn.Module, *, monitor: str | None = None, **plan: Any
     # a class of its own, so that errors and records name the module, and a resume with other code of it is refused; `<locals>` says
     # that no name finds it again
     space = {
-        "__module__": __name__,
+        "__module__": __package__,
         "__qualname__": f"{from_lightning.__qualname__}.<locals>.{cls.__name__}#{_code(cls)[:12]}",
         "__doc__": f"The LightningModule {cls.__module__}:{cls.__qualname__} as a task.",
         "_module": _copied(module),
@@ -111,7 +104,7 @@ class LightningTask(Task):
     """
 
     hparams: dict[str, Any] = field(default_factory=dict)  # what the module saved of its hyperparameters: a record, not a knob
-    _module: ClassVar[nn.Module | None] = None
+    _module: ClassVar[nn.Module]
     _defaults: ClassVar[Plan] = Plan()
     _monitor: ClassVar[str | None] = None
     _arities: ClassVar[Mapping[str, int]] = {}
@@ -120,11 +113,6 @@ class LightningTask(Task):
         return self._defaults
 
     def build_model(self, schema: Schema) -> nn.Module:
-        return self._set_up()
-
-    def _set_up(self) -> nn.Module:
-        if self._module is None:
-            raise TaskError("LightningTask has no module; make the task with from_lightning(module)")
         if self.hparams != _hparams(self._module):
             raise TaskError("hparams of a LightningModule are only recorded; make it anew with other values, then from_lightning(module)")
         model: Any = _attached(_copied(self._module))
@@ -134,11 +122,10 @@ class LightningTask(Task):
     def sources(self, data_module: Any = None) -> dict[str, Any]:
         """The loaders of the module, or of a LightningDataModule, as the arguments data, validation and test of `anyfit.fit`."""
         if data_module is None:
-            owner: Any = self._set_up()
+            owner: Any = self.build_model(Schema(()))
         else:
             owner = data_module
-            transfers = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "teardown")
-            _refuse_hooks(owner, (*transfers, "state_dict", "load_state_dict"), "sources")
+            _refuse_hooks(owner, (*TRANSFERS, "state_dict", "load_state_dict"), "sources")
             _prepare(owner, "fit")
         if _defined(owner, "test_dataloader"):
             _prepare(owner, "test")
@@ -160,10 +147,7 @@ class LightningTask(Task):
         return found
 
     def step(self, model: nn.Module, batch: Any) -> Step:
-        notes = _notes_of(model)
-        with notes.logging() as logged:
-            loss = self._loss(self._call(model, "training_step", batch, notes.batch), "training_step")
-        notes.batch += 1
+        loss, logged = self._call(model, "training_step", batch)
         if loss is None:
             raise TaskError(
                 f"training_step of {type(self).__name__} returned None; anyfit skips no batch, so return a loss (times 0 to learn nothing)"
@@ -184,12 +168,8 @@ class LightningTask(Task):
                 f"{type(self).__name__} defines neither validation_step nor test_step, so it cannot be evaluated; define one, or leave out "
                 "validation, test, best and patience"
             )
-        notes = _notes_of(model)
-        with notes.logging() as logged:
-            loss = self._loss(self._call(model, name, batch, notes.batch), name)
-        notes.batch += 1
-        count = _rows_of(batch)
-        logs = {}
+        loss, logged = self._call(model, name, batch)
+        notes, count, logs = _notes_of(model), _rows_of(batch), dict[str, Tensor]()
         for key, entry in logged.items():
             if isinstance(entry.value, Tensor):
                 logs[key] = entry.value
@@ -219,19 +199,20 @@ class LightningTask(Task):
 
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
         notes = _notes_of(model)
-        notes.begin()
+        notes.batch, notes.sums, notes.metrics = 0, {}, {}
         result = super().evaluate(model, batches)
         notes.figures = {**result, **notes.finish(), "loss": result["loss"], "rows": result["rows"]}
         return dict(notes.figures)
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
-        return self._call(model, "predict_step", batch, 0) if "predict_step" in self._arities else super().predict(model, batch)
+        if "predict_step" not in self._arities:
+            return super().predict(model, batch)
+        return model.predict_step(*(batch, 0)[: self._arities["predict_step"]])  # type: ignore[operator]
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
-        configured: Any = model.configure_optimizers()  # type: ignore[operator]
-        optimizer, schedulers = _configured(configured, type(self).__name__)
-        # build_schedule is given nothing but the optimizer
-        optimizer._anyfit_schedules = _schedules(optimizer, schedulers, _notes_of(model))  # type: ignore[attr-defined]
+        given: Any = model.configure_optimizers()  # type: ignore[operator]
+        optimizer, schedules = configured(given, type(self).__name__, _notes_of(model))
+        optimizer._anyfit_schedules = schedules  # type: ignore[attr-defined]  # build_schedule is given nothing but the optimizer
         return optimizer
 
     def build_schedule(self, optimizer: Any, total_steps: int) -> dict[str, Schedule]:
@@ -244,20 +225,22 @@ class LightningTask(Task):
         notes.step += 1
         return step
 
-    def _call(self, model: nn.Module, method: str, batch: Any, index: int) -> Any:
-        return getattr(model, method)(*(batch, index)[: self._arities[method]])
-
-    def _loss(self, returned: Any, method: str) -> Tensor | None:
-        """The loss in what a step returned."""
+    def _call(self, model: nn.Module, method: str, batch: Any) -> tuple[Tensor | None, dict[str, _Logged]]:
+        """The loss that a step returned, and what it logged."""
+        notes, logged = _notes_of(model), dict[str, _Logged]()
+        notes.logged = logged
+        try:
+            returned = getattr(model, method)(*(batch, notes.batch)[: self._arities[method]])
+        finally:
+            notes.logged = None
+        notes.batch += 1
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
-        if loss is None and (returned is None or method != "training_step"):
-            return None
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            if method != "training_step":  # it may return anything
-                return None
-            what = f"a dict with {', '.join(map(str, returned))}" if isinstance(returned, Mapping) else _spelled(returned)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return loss.reshape(()), logged
+        if method == "training_step" and returned is not None:  # others may return anything
+            what = f"a dict with {', '.join(map(str, returned))}" if isinstance(returned, Mapping) else spelled(returned)
             raise TaskError(f"{method} of {type(self).__name__} returned {what}; return the loss as one number, or a dict with 'loss'")
-        return loss.reshape(())
+        return None, logged
 
 
 # What a module meets instead of Lightning's Trainer
@@ -269,7 +252,7 @@ class _Logged(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Notes:
+class Notes:
     """Where a model's training stands, and what its steps log."""
 
     epoch: int = 0
@@ -279,20 +262,6 @@ class _Notes:
     sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # value x size and sizes over one evaluation
     metrics: dict[str, Any] = field(default_factory=dict)  # torchmetrics objects that this evaluation logs
     figures: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
-
-    @contextmanager
-    def logging(self) -> Iterator[dict[str, _Logged]]:
-        """What is logged within."""
-        logged: dict[str, _Logged] = {}
-        self.logged = logged
-        try:
-            yield logged
-        finally:
-            self.logged = None
-
-    def begin(self) -> None:
-        """A new evaluation."""
-        self.batch, self.sums, self.metrics = 0, {}, {}
 
     def add(self, name: str, value: Tensor, size: int) -> None:
         """One batch's log to the sums of the evaluation."""
@@ -330,13 +299,10 @@ class _Attached:
         name: str,
         value: Any,
         prog_bar: bool = False,
-        logger: bool | None = None,
+        logger: Any = None,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
         reduce_fx: Any = "mean",
-        enable_graph: bool = False,
-        *,
-        batch_size: int | None = None,
         **options: Any,
     ) -> None:
         logged = _notes_of(self).logged
@@ -345,7 +311,7 @@ class _Attached:
         if reduce_fx not in ("mean", torch.mean):
             raise TaskError(f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not supported; logs are means, so leave reduce_fx out")
         if not (on_step is False and on_epoch is False):
-            logged[name] = _Logged(value if _is_metric(value) else _number(name, value), batch_size)
+            logged[name] = _Logged(value if _is_metric(value) else _number(name, value), options.get("batch_size"))
 
     def log_dict(self, dictionary: Mapping[str, Any], *arguments: Any, **options: Any) -> None:
         # a torchmetrics collection renames its members, and copies their states unless told not to
@@ -359,7 +325,7 @@ class _NoTrainer:
 
     is_global_zero, sanity_checking, world_size, global_rank, local_rank, logger = True, False, 1, 0, 0, None
 
-    def __init__(self, owner: str, notes: _Notes) -> None:
+    def __init__(self, owner: str, notes: Notes) -> None:
         self._owner, self.current_epoch, self.global_step = owner, notes.epoch, notes.step
 
     def __getattr__(self, name: str) -> Any:
@@ -371,7 +337,7 @@ class _NoTrainer:
 
 def _attached(model: nn.Module) -> nn.Module:
     """The model with the logs and answers of `_Attached`, and so each LightningModule within it."""
-    notes = _Notes()
+    notes = Notes()
     for part in model.modules():
         if part is model or any(base.__name__ == "LightningModule" for base in type(part).__mro__):
             cls, space = type(part), dict[str, Any]()
@@ -385,9 +351,9 @@ def _attached(model: nn.Module) -> nn.Module:
     return model
 
 
-def _notes_of(model: Any) -> _Notes:
+def _notes_of(model: Any) -> Notes:
     notes = vars(model).get("_anyfit_notes")
-    if not isinstance(notes, _Notes):
+    if not isinstance(notes, Notes):
         raise TaskError(f"model (a {type(model).__name__}) was not built by this task; call build_model first")
     return notes
 
@@ -478,119 +444,6 @@ def _is_metric(value: Any) -> bool:
 def _number(name: str, value: Any) -> Tensor:
     """A logged value as a detached tensor of one number."""
     if not isinstance(value, Tensor | int | float) or (isinstance(value, Tensor) and value.numel() != 1):
-        raise TaskError(f"self.log({name!r}) got {_spelled(value)}; log one number, or a metric that was called on this batch")
+        raise TaskError(f"self.log({name!r}) got {spelled(value)}; log one number, or a metric that was called on this batch")
     tensor = torch.as_tensor(value).detach().reshape(())
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
-
-
-def _spelled(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-# configure_optimizers
-
-
-class _Configured(NamedTuple):
-    scheduler: Any
-    interval: str = "epoch"
-    monitor: str | None = None
-    strict: bool = True
-    watches: bool = False
-
-
-class _Watching:
-    """A scheduler that steps with a figure of the last evaluation."""
-
-    def __init__(self, scheduler: Any, monitor: str, strict: bool, notes: _Notes) -> None:
-        self.scheduler, self.monitor, self.strict, self.notes = scheduler, monitor, strict, notes
-        self.state_dict, self.load_state_dict = scheduler.state_dict, scheduler.load_state_dict
-
-    def step(self) -> None:
-        value = self.notes.figures.get(self.monitor)
-        if isinstance(value, int | float):
-            self.scheduler.step(value)
-        elif self.strict:
-            known = ", ".join(name for name, figure in self.notes.figures.items() if isinstance(figure, int | float))
-            raise TaskError(f"monitor (={self.monitor!r}) of the scheduler is no figure of the evaluation; there are: {known}")
-
-
-class _Beside:
-    """A second scheduler of one optimizer; the first alone has the first rates that a changed resume sets anew."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.step, self.state_dict, self.load_state_dict = scheduler.step, scheduler.state_dict, scheduler.load_state_dict
-
-
-def _configured(given: Any, name: str) -> tuple[Optimizer, list[_Configured]]:
-    """The one optimizer and the schedulers of any form that configure_optimizers may return."""
-    where = f"configure_optimizers of {name}"
-    optimizers: list[Any]
-    schedulers: list[Any] = []
-    monitor = None
-    if isinstance(given, list | tuple) and len(given) == 2 and isinstance(given[0], list):
-        optimizers, schedulers = given[0], list(given[1]) if isinstance(given[1], list | tuple) else [given[1]]
-    elif isinstance(given, Mapping):
-        optimizers, schedulers, monitor = _from_mapping(given, where)
-    elif isinstance(given, list | tuple) and len(given) == 1 and isinstance(given[0], Mapping):
-        optimizers, schedulers, monitor = _from_mapping(given[0], where)
-    else:
-        optimizers = list(given) if isinstance(given, list | tuple) else [given]
-    if len(optimizers) != 1:
-        raise TaskError(
-            f"{where} gives {len(optimizers)} optimizers; automatic optimization takes one, in Lightning 2 too. Use one with parameter "
-            "groups, or write an anyfit.Task with several"
-        )
-    optimizer = optimizers[0]
-    if not isinstance(optimizer, Optimizer):
-        raise TaskError(f"{where} gives {_spelled(optimizer)}; return a torch optimizer, alone, in a list or in a dict with 'optimizer'")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise TaskError(f"{where} gives {type(optimizer).__name__}, whose step needs a closure; use an optimizer that takes one gradient")
-    found = [_scheduler(each, monitor, where) for each in schedulers]
-    for each in found:
-        if getattr(each.scheduler, "optimizer", optimizer) is not optimizer:
-            raise TaskError(f"{where} gives a {type(each.scheduler).__name__} of another optimizer; make it with the one that is returned")
-    return optimizer, found
-
-
-def _from_mapping(given: Mapping[str, Any], where: str) -> tuple[list[Any], list[Any], str | None]:
-    unknown = sorted(set(given) - {"optimizer", "lr_scheduler", "monitor"})
-    if unknown or "optimizer" not in given:
-        what = f"the key {unknown[0]!r}" if unknown else "no key 'optimizer'"
-        raise TaskError(f"{where} gives a dict with {what}; its keys are optimizer, lr_scheduler and monitor")
-    return [given["optimizer"]], [given["lr_scheduler"]] if "lr_scheduler" in given else [], given.get("monitor")
-
-
-def _scheduler(given: Any, monitor: str | None, where: str) -> _Configured:
-    options = dict(given) if isinstance(given, Mapping) else {"scheduler": given, "monitor": monitor}
-    unknown = sorted(set(options) - {"scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau"})
-    if unknown:
-        raise TaskError(f"{where} gives a scheduler with the key {unknown[0]!r}, which is not known; leave it out")
-    scheduler, interval = options.get("scheduler"), options.get("interval", "epoch")
-    if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict")):
-        raise TaskError(f"{where} gives {_spelled(scheduler)} as scheduler; it needs step, state_dict and load_state_dict")
-    if interval not in ("step", "epoch"):
-        raise TaskError(f"interval (={interval!r}) of the scheduler in {where} must be 'step' or 'epoch'")
-    if options.get("frequency", 1) != 1:
-        raise TaskError(
-            f"frequency (={options['frequency']!r}) of the scheduler in {where} must be 1; anyfit steps it after every {interval}, so put "
-            "the frequency into the scheduler"
-        )
-    watches = bool(options.get("reduce_on_plateau", isinstance(scheduler, ReduceLROnPlateau)))
-    if watches and interval == "step":
-        raise TaskError(f"interval (='step') of the {type(scheduler).__name__} in {where} cannot be; it steps after each evaluation")
-    if watches and options.get("monitor") is None:
-        raise TaskError(f"{where} gives a {type(scheduler).__name__} without monitor; name the figure that it watches, as 'val_loss'")
-    return _Configured(scheduler, interval, options.get("monitor"), bool(options.get("strict", True)), watches)
-
-
-def _schedules(optimizer: Optimizer, found: list[_Configured], notes: _Notes) -> dict[str, Schedule]:
-    result: dict[str, Schedule] = {}
-    for index, each in enumerate(found):
-        every: Any = "evaluation" if each.watches else each.interval
-        scheduler = each.scheduler if index == 0 else _Beside(each.scheduler)
-        if each.watches:
-            assert each.monitor is not None
-            scheduler = _Watching(each.scheduler, each.monitor, each.strict, notes)
-        result["main" if index == 0 else f"main{index + 1}"] = Schedule(scheduler, every)
-    return result
