@@ -694,8 +694,7 @@ def test_a_column_that_training_lacked_altogether_says_nothing_later() -> None:
 def test_values_that_no_model_can_take_are_named(column: list[Any], types: dict[str, Any], message: str) -> None:
     table = pa.table({"v": column, "target": [0, 1, 0]})
     with pytest.raises(DataError, match=re.escape(message)):
-        schema = infer_schema(table, "target", types=types)
-        fitted(schema, statistics(table, schema))
+        statistics(table, infer_schema(table, "target", types=types))
 
 
 @pytest.mark.parametrize(
@@ -722,7 +721,7 @@ def test_weights_that_weigh_nothing_are_refused_before_training(weights: list[An
 def test_targets_must_be_of_one_type_and_a_number_or_a_class() -> None:
     table = pa.table({"a": [1.5, 2.5], "b": ["x", "y"], "t": pa.array([0, 1], pa.timestamp("s")), "l": [["x"], []]})
     with pytest.raises(DataError, match="targets a, b are categorical and continuous; several targets must be of one type"):
-        infer_schema(table, ["a", "b"])
+        infer_schema(table, ["a", "b"], ["l"])
     with pytest.raises(DataError, match="column 'b' holds lists of categories, which only a single target may"):
         infer_schema(table, ["b", "l"])
     schema = infer_schema(table, "t", ["l"])

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyfit import Source
-from anyfit.data import files, infer_schema, statistics
+from anyfit.data import files, infer_schema, read_splits, statistics
 from anyfit.data.blocks import hold
 from anyfit.data.files import Files, expand, kind_of
 from anyfit.errors import DataError
@@ -300,6 +300,9 @@ def test_a_word_far_down_a_column_of_numbers_is_named_with_its_row(tmp_path: Pat
         infer_schema(table, None)
     with pytest.raises(DataError, match=r"column 'a' is continuous but holds 'unknown' in row 1000001"):
         statistics(table, infer_schema(table, None, types={"a": "continuous"}))
+    for part in read_splits(Source(path), 0.3, None, wants_validation=False).values():
+        with pytest.raises(DataError, match=r"'unknown' in row 1000001"):  # of the file, whichever part it fell into
+            infer_schema(part, None)
     assert infer_schema(table, None, types={"a": "categorical"})["a"].type == "categorical"
     assert types_of(path, missing=["unknown"]) == {"a": "int64"}
 

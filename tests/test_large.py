@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
@@ -240,6 +241,19 @@ def test_a_word_among_numbers_is_found_though_it_stands_beyond_what_types_are_in
         named = Source(tmp_path / name, target="b", missing=["n.v.t."])
         schema = schema_of(named, in_blocks(tmp_path / name, missing=["n.v.t."]))
         assert schema["a"].type == "continuous" and schema["a"].missing
+
+
+def test_words_for_missing_hold_in_a_database_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sqlite3
+
+    pytest.importorskip("sqlalchemy")
+    with contextlib.closing(sqlite3.connect(tmp_path / "t.db")) as connection, connection:
+        connection.execute("CREATE TABLE t (a TEXT, b INTEGER)")
+        connection.executemany("INSERT INTO t VALUES (?, ?)", [("n.v.t." if row % 2 else "x", row) for row in range(500)])
+    for limit in (1 << 30, 100):
+        monkeypatch.setattr(blocks, "HOLD_BYTES", limit)
+        rows = Source(f"sqlite:///{tmp_path / 't.db'}", missing=["n.v.t."]).read()["train"]
+        assert isinstance(rows, Blocks) == (limit == 100) and table_of(rows)["a"].null_count == 250
 
 
 # Epochs

@@ -25,7 +25,7 @@ from anyfit.data.files import NUMBER, Wider
 from anyfit.errors import DataError, InputError, StorageError
 from anyfit.values import atomic, canonical, digest, parse, write_json
 
-__all__ = ["ALMOST", "ODD", "Blocks", "Reader", "cache_folder", "hold"]
+__all__ = ["ALMOST", "ODD", "Blocks", "Reader", "cache_folder", "hold", "odd_of", "with_odd"]
 
 BLOCK_BYTES = 8 << 20
 HOLD_BYTES = 128 << 20  # a source of more bytes than that goes to disk
@@ -98,12 +98,7 @@ class Blocks:
             count += table.num_rows
             if count >= rows:
                 break
-        head = pa.concat_tables(tables).slice(0, rows)
-        for name, (word, row) in self.odd.items():  # beyond these rows, perhaps
-            if name in head.column_names:
-                place = head.column_names.index(name)
-                head = head.set_column(place, head.field(place).with_metadata({ODD: canonical([word, row])}), head.column(place))
-        return head
+        return with_odd(pa.concat_tables(tables).slice(0, rows), self.odd)  # beyond these rows, perhaps
 
     def where(self, mask_of: Callable[[pa.Table], np.ndarray[Any, Any]], what: Any, dropped: Sequence[str] = ()) -> Blocks:
         """The rows that `mask_of` (a block -> a mask) keeps; `what` tells this part from others in fingerprints."""
@@ -279,6 +274,28 @@ def _write(path: Path, batches: Iterator[pa.RecordBatch]) -> tuple[list[int], pa
     finally:
         sink.close()
     return sizes, schema, sink.hasher.hexdigest(), {name: seen.odd for name, seen in words.items() if seen.odd is not None}
+
+
+def with_odd(table: pa.Table, odd: Mapping[str, tuple[str, int]]) -> pa.Table:
+    """The table, in whose columns it is written which word stands among their numbers, and in which row."""
+    for name, (word, row) in odd.items():
+        if name in table.column_names:
+            place = table.column_names.index(name)
+            table = table.set_column(place, table.field(place).with_metadata({ODD: canonical([word, row])}), table.column(place))
+    return table
+
+
+def odd_of(table: pa.Table) -> dict[str, tuple[str, int]]:
+    """The first word and its row in each column of words that are almost all numbers."""
+    found = {}
+    for entry in table.schema:
+        if pa.types.is_string(entry.type):
+            words = _Words()
+            for chunk in table[entry.name].chunks:
+                words.add(chunk.slice(0, 2000))  # enough to see a text
+                words.add(chunk.slice(2000))
+            found[entry.name] = words.odd
+    return {name: odd for name, odd in found.items() if odd is not None}
 
 
 class _Words:

@@ -162,9 +162,7 @@ class Files:
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                     raise Wider(entry.name, _beyond(kind, plain)) from error
                 batch = batch.set_column(index, entry.name, column)
-            if self.missing and self.kind != "csv" and pa.types.is_string(kind):  # a CSV reader has seen to it
-                batch = batch.set_column(index, entry.name, without_words(column, self.missing))
-        return batch
+        return batch if self.kind == "csv" else without_words(batch, self.missing)  # a CSV reader has seen to it
 
     def _csv(self, path: str, local: str) -> Iterator[pa.RecordBatch]:
         with _opened(path, local) as stream:
@@ -399,9 +397,13 @@ def _beyond(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     return pa.string() if both == first else both
 
 
-def without_words(column: Any, words: Sequence[str]) -> Any:
-    """Text in which some words stand for a missing value."""
-    return pc.if_else(pc.is_in(column, pa.array(list(words), pa.string())), None, column)
+def without_words(rows: Any, words: Sequence[str]) -> Any:
+    """A table or record batch in whose columns of text some words stand for a missing value."""
+    for index, entry in enumerate(rows.schema if words else ()):
+        if pa.types.is_string(entry.type):
+            column = rows.column(index)
+            rows = rows.set_column(index, entry.name, pc.if_else(pc.is_in(column, pa.array(list(words), pa.string())), None, column))
+    return rows
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from anyfit.data import frames
-from anyfit.data.blocks import Blocks, hold
+from anyfit.data.blocks import Blocks, hold, odd_of, with_odd
 from anyfit.data.files import Files, expand, kind_of, plain_column, plain_type, without_words
 from anyfit.data.folders import SPLITS, ImageFiles, decoded, open_folder
 from anyfit.data.hashes import image_column, row_hashes
@@ -106,7 +106,7 @@ class Source:
             read = {"train": origin}
         elif isinstance(origin, tuple | Mapping) and origin:
             read = {"train": _tensors(origin)}
-        elif hasattr(origin, "__getitem__") and hasattr(origin, "__len__") and not isinstance(origin, list | str):
+        elif hasattr(origin, "__getitem__") and hasattr(origin, "__len__") and not isinstance(origin, list | tuple | Mapping):
             read = {"train": origin}
         else:
             raise DataError(
@@ -123,7 +123,7 @@ class Source:
         if self.table is not None or self.query is not None or _is_database(text):
             from anyfit.data.sql import read_sql
 
-            return {"train": hold(_Database(lambda: read_sql(text, table=self.table, query=self.query)), self.name)}
+            return {"train": hold(_Database(lambda: read_sql(text, table=self.table, query=self.query), self.missing), self.name)}
         paths = expand(origin)
         place = Path(paths[0])
         if len(paths) == 1 and place.is_dir():
@@ -166,8 +166,8 @@ class Source:
             for index, entry in enumerate(rows.schema):  # a column's values, not how they are stored
                 if (plain := plain_type(entry.type)) is not entry.type:
                     rows = rows.set_column(index, entry.name, plain_column(rows.column(index), plain))
-                if self.missing and pa.types.is_string(plain):
-                    rows = rows.set_column(index, entry.name, without_words(rows.column(index), self.missing))
+            rows = without_words(rows, self.missing)
+            rows = with_odd(rows, odd_of(rows))
         named = (("target", target) for target in self.targets)
         others = (("group", self.group), ("split", self.split), ("weight", self.weight), *(("ignore", c) for c in self.ignore))
         for what, column in (*named, *others):
@@ -199,13 +199,14 @@ class _Database:
     """A query that is read from the start as often as asked; nothing is kept for the next time."""
 
     read: Callable[[], Iterator[pa.RecordBatch]]
+    missing: Sequence[str] = ()
     types: dict[str, pa.DataType] = field(default_factory=dict)
 
     def identity(self) -> None:
         return None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        return self.read()
+        return (without_words(batch, self.missing) for batch in self.read())
 
 
 def _by_split(paths: list[str]) -> dict[str, list[str]]:

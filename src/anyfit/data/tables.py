@@ -195,9 +195,9 @@ def _words(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def statistics(table: pa.Table, schema: Schema) -> Update:
     """Sums and counts from which `fitted` makes preprocessing; those of any parts of the rows add up to those of all."""
-    total = Update()
+    total, present = Update(), set(table.column_names)
     for column in schema.columns:
-        if column.name not in table.column_names:
+        if column.name not in present:
             raise DataError(f"column {column.name!r} is missing; the table has: {', '.join(table.column_names)}")
         values = table[column.name]
         if column.type in ("continuous", "datetime"):
@@ -312,7 +312,8 @@ def to_tensors(table: pa.Table, schema: Schema, *, need_target: bool = True, bal
     the weights of rows too.
     """
     result: dict[str, Tensor] = {}
-    absent = [column.name for column in schema.features if column.name not in table.column_names]
+    present = set(table.column_names)
+    absent = [column.name for column in schema.features if column.name not in present]
     if absent:
         raise DataError(f"column {absent[0]!r} is missing; the table has: {', '.join(table.column_names)}")
     if schema.num_continuous:
