@@ -104,8 +104,7 @@ class ConvolvedMaximum(nn.Conv1d):
         if size * self.out_channels * 2 > steps or not torch.is_grad_enabled() or ids_BT.device.type != "cpu":
             return self(table(ids_BT), ended_BT)  # type: ignore[no-any-return]
         with torch.no_grad():
-            sums, dim = self._sums(table(ids_BT), ended_BT)
-            places_BC = sums.max(dim)[1]
+            places_BC = self._places(table(ids_BT), ended_BT)
         steps_BCK = places_BC[:, :, None] + torch.arange(-left, size - left)
         inside_BCK = (steps_BCK >= 0) & (steps_BCK < steps)
         flat_BCK = steps_BCK.clamp_(0, steps - 1) + torch.arange(0, ids_BT.numel(), steps)[:, None, None]
@@ -113,3 +112,19 @@ class ConvolvedMaximum(nn.Conv1d):
         sums_BC = ((words_BCKI * self.weight.transpose(1, 2)).sum(3) * inside_BCK).sum(2)
         out: Tensor = (sums_BC + self.bias).relu()
         return out
+
+    def _places(self, inputs_BTI: Tensor, ended_BT: Tensor) -> Tensor:
+        """(B, C) the step of each maximum, everything in place; products like widths of 16."""
+        (rows, steps, width), channels, size = inputs_BTI.shape, self.out_channels, self.kernel_size[0]
+        taps = self.weight.new_zeros(width, -(-size * channels // 16) * 16)
+        taps[:, : size * channels] = self.weight.permute(1, 2, 0).reshape(width, -1)
+        parts_BTK = (inputs_BTI.reshape(-1, width) @ taps).view(rows, steps, -1)
+        left = (size - 1) // 2
+        sums_BTC = parts_BTK[:, :, left * channels : (left + 1) * channels]
+        for tap in range(size):
+            shift, part_BTC = tap - left, parts_BTK[:, :, tap * channels : (tap + 1) * channels]
+            if shift > 0:
+                sums_BTC[:, :-shift] += part_BTC[:, shift:]
+            elif shift < 0:
+                sums_BTC[:, -shift:] += part_BTC[:, :shift]
+        return sums_BTC.masked_fill_(ended_BT[:, :, None], -torch.inf).max(1)[1]
