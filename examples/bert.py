@@ -1,9 +1,10 @@
 """BERT as HetSeq and Substra use it, offline: learn a language from texts, then tell questions apart with what was learnt.
 
-python examples/bert.py input.txt train_5500.label --labelled train_5500.label --test TREC_10.label
+python examples/bert.py input.txt.gz train_5500.label --labelled train_5500.label --test TREC_10.label
 
 The first files are read as plain text. --labelled and --test are lines `LABEL:detail question` as TREC has them, or CSV with columns
-text and target. Without files, sentences are made. --out keeps the model as a folder that transformers reads; --quick is for a look.
+text and target. Without files, sentences are made. --out keeps the model as a folder that transformers reads; --quick is for a look,
+too short for what frozen encoders show. The default, BERT with rotary positions, learns from so few texts sooner than --kind bert.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import anyfit
 from anyfit import Schema, Source
 
-ENCODER = ("bert.embeddings.*", "bert.encoder.*")  # what is frozen; the pooler and the last layer always train
+ENCODER = ("*.embeddings.*", "*.encoder.*")  # what is frozen; the layers after it always train
 THINGS = {
     "LOC": ("where is", "river city lake island desert harbour", "which country holds"),
     "HUM": ("who was", "painter singer king sailor doctor writer", "what man became"),
@@ -65,18 +66,20 @@ def main(given: argparse.Namespace, out: Path) -> None:
     train = read_labelled(given.labelled) if given.labelled else make_questions(600, 0)
     test = read_labelled(given.test) if given.test else make_questions(200, 1)
     texts = [text for path in given.texts for text in read_texts(path)] or train["text"].to_pylist()
+    width = 32 if given.quick else 128
     config = {
-        "model_type": "bert",
-        "hidden_size": 32 if given.quick else 128,
+        "model_type": given.kind,
+        "hidden_size": width,
+        "embedding_size": width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "intermediate_size": 64 if given.quick else 512,
+        "intermediate_size": 4 * width,
         "max_position_embeddings": 64,
         "initializer_range": 0.2 if given.quick else 0.02,
         "hidden_dropout_prob": 0.0,  # a small model that sees each word a few times learns more without
         "attention_probs_dropout_prob": 0.0,
     }
-    language = anyfit.HuggingFace(config=config, objective="masked-lm", vocabulary_size=2000, max_length=32, lr=1e-3)
+    language = anyfit.HuggingFace(config=config, objective="masked-lm", vocabulary_size=1500, max_length=32, lr=1e-3)
     steps = 80 if given.quick else given.steps
     source = Source(pa.table({"text": texts}), types={"text": "text"})
     run = anyfit.fit(language, source, steps=steps, batch_size=32, log_every=max(1, steps // 10), on_event=tell)
@@ -100,6 +103,7 @@ if __name__ == "__main__":
     parser.add_argument("texts", nargs="*", type=Path, help="files to learn the language from")
     parser.add_argument("--labelled", type=Path, help="questions to learn to tell apart")
     parser.add_argument("--test", type=Path, help="questions to be told apart")
+    parser.add_argument("--kind", choices=("bert", "roformer"), default="roformer", help="roformer: BERT with rotary positions")
     parser.add_argument("--steps", type=int, default=3000, help="of learning the language")
     parser.add_argument("--out", type=Path, help="a new folder for the model; it is thrown away otherwise")
     parser.add_argument("--quick", action="store_true", help="a smaller model and a few steps")

@@ -306,6 +306,8 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Go to a snapshot; it stays as it was."""
+        self._leave()
+        self._tables = []  # other moments may say that other rows are in use
         load_model(self.model, state.model)
         for name, optimizer in self.optimizers.items():
             # load_state_dict keeps the tensors that it is given, and fused kernels want the strides of the parameters
@@ -359,26 +361,29 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
     trainer.model.train()
     trainer.use_rows(batches)
     trainer.nominal = float(getattr(batches, "step_size", trainer.plan.batch_size or 1))
-    while trainer.position.step < total_steps:
-        here = trainer.position
-        loss, count, logs = _step(trainer, task, batches)
-        ends = here.offset + 1 == batches.steps_per_epoch
-        if loss is None:  # a stream that ended where its epoch ends
-            if here.offset == 0:
-                raise RunError("the data gave no batch; check the loader")
-            trainer.position = Position(here.step, here.epoch + 1, 0)
-            for schedule in each_epoch:
+    try:
+        while trainer.position.step < total_steps:
+            here = trainer.position
+            loss, count, logs = _step(trainer, task, batches)
+            ends = here.offset + 1 == batches.steps_per_epoch
+            if loss is None:  # a stream that ended where its epoch ends
+                if here.offset == 0:
+                    raise RunError("the data gave no batch; check the loader")
+                trainer.position = Position(here.step, here.epoch + 1, 0)
+                for schedule in each_epoch:
+                    schedule.advance()
+                continue
+            for schedule in each_step:
                 schedule.advance()
-            continue
-        for schedule in each_step:
-            schedule.advance()
-        if ends:
-            for schedule in each_epoch:
-                schedule.advance()
-            trainer.position = Position(here.step + 1, here.epoch + 1, 0)
-        else:
-            trainer.position = Position(here.step + 1, here.epoch, here.offset + 1)
-        yield Stepped(trainer.position, loss, count, here.epoch, here.offset, logs, ends)
+            if ends:
+                for schedule in each_epoch:
+                    schedule.advance()
+                trainer.position = Position(here.step + 1, here.epoch + 1, 0)
+            else:
+                trainer.position = Position(here.step + 1, here.epoch, here.offset + 1)
+            yield Stepped(trainer.position, loss, count, here.epoch, here.offset, logs, ends)
+    finally:  # whoever holds the model itself sees it whole
+        trainer._leave()
 
 
 def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
