@@ -427,3 +427,13 @@ def test_a_csv_file_reads_the_same_in_blocks_of_any_size_and_in_any_parts(
     again = hold(Files(paths, block_bytes=block), "parts", limit=1 << 30)
     assert again.schema.types == whole.schema.types or again["v"].cast(pa.string()).to_pylist() == whole["v"].cast(pa.string()).to_pylist()
     assert again["k"].to_pylist() == list(range(len(values)))
+
+
+def test_a_quotation_mark_that_never_closes_is_refused(tmp_path: Path) -> None:
+    rows = [f"{n},a text of {n}" for n in range(100)]
+    rows[10] = '0,"Hello said the man'
+    (tmp_path / "t.csv").write_text("\n".join(["label,text", *rows]) + "\n")
+    with pytest.raises(DataError, match=r"opens in row 11, column 'text', never closes"):
+        Source(tmp_path / "t.csv").read()
+    (tmp_path / "t.csv").write_text('label,text\n1,"two\nlines"\n2,"and\ntwo"\n')
+    assert Source(tmp_path / "t.csv").read()["train"].num_rows == 2

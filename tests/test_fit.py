@@ -460,3 +460,29 @@ def test_extras_are_checkpointed_though_the_task_makes_them_late(tmp_path: Path)
     again = anyfit.fit(Counted(), points(), epochs=3, run=tmp_path / "r", resume=True)
     assert equal(again.state.extras["average"]["weights"], whole.state.extras["average"]["weights"])
     assert not equal(again.state.extras["average"]["weights"], again.state.model)
+
+
+def test_what_training_said_of_its_data_holds_for_later_rows() -> None:
+    table = pa.table(
+        {"x": [str(n) if n % 7 else "-" for n in range(300)], "flag": [n % 3 == 0 for n in range(300)], "y": [n % 2 for n in range(300)]}
+    )
+    run = anyfit.fit(anyfit.Tabular(), anyfit.Source(table, target="y", missing=["-"], types={"x": "continuous"}), epochs=1)
+    assert anyfit.evaluate(run, table) == anyfit.evaluate(run, anyfit.Source(table, missing=["-"]))
+    words = table.set_column(1, "flag", pa.array(["True" if n % 3 == 0 else "FALSE" for n in range(300)]))
+    assert torch.equal(anyfit.predict(run, words), anyfit.predict(run, table)), "a truth value is one however it is spelt"
+
+
+def test_numbers_are_no_moments_and_few_rows_no_error() -> None:
+    days = pa.array([f"2024-05-{1 + n % 28:02d}" for n in range(30)]).cast(pa.date32())
+    told: list[str] = []
+    run = anyfit.fit(
+        anyfit.Tabular(),
+        pa.table({"day": days, "y": [n % 15 for n in range(30)]}),
+        target="y",
+        epochs=1,
+        on_event=lambda event: told.append(event["text"]) if event["event"] == "notice" else None,
+    )
+    assert "there are 30 rows to train on, so a batch has 30 in place of 256" in told
+    assert any("15 whole numbers are taken for classes" in text for text in told)
+    with pytest.raises(DataError, match="column 'day' is a datetime but holds int64; write moments as dates"):
+        anyfit.predict(run, pa.table({"day": [1577836800]}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import anyfit
-from anyfit import Source
+from anyfit import Source, data
 from anyfit.data import tokenizer_of
 from anyfit.errors import DataError, InputError, TaskError
 from anyfit.prepare import prepare
@@ -421,3 +423,25 @@ def test_questions_of_trec_are_told_apart(task: anyfit.Task, accuracy: float, da
     run = anyfit.fit(task, trec(folder / "train_5500.label"), test=trec(folder / "TREC_10.label"))
     assert run.splits["test"]["accuracy"] >= accuracy
     assert time.process_time() - begun < 120
+
+
+SCRIPTS = ["नमस्ते दुनिया", "مُحَمَّد رَسُول", "สวัสดี โลก", "İstanbul İyi", "cafe\u0301 noir", "ΟΔΟΣ Σοφίας", "don't_stop 3.14!"]
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_a_vocabulary_knows_every_word_that_it_was_learnt_from(kind: Any) -> None:
+    texts = pa.chunked_array([pa.array(SCRIPTS)])
+    counts = data.word_statistics(texts, "t", lowercase=True).sums("words:t")
+    tokenizer = data.tokenizer_of(data.trained_tokenizer(counts, kind, size=500, least=1, lowercase=True))
+    assert not [token for text in SCRIPTS for token in tokenizer.encode(text).tokens if token == "[UNK]"]
+
+
+LEARN = """
+from anyfit import data
+counts = {f"w{'abcdefghij'[n % 10]}{'klmnopqrst'[n % 7]}x{n}": 1 + n % 5 for n in range(300)}
+print(hash("salt") and data.trained_tokenizer(counts, "bpe", size=200, least=1, lowercase=True))
+"""
+
+
+def test_byte_pairs_are_the_same_in_every_process() -> None:
+    assert len({subprocess.run([sys.executable, "-c", LEARN], capture_output=True, check=True).stdout for _ in range(3)}) == 1

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyfit.errors import InputError, StorageError
-from anyfit.values import File, Plan, canonical, coerce, digest, parse, write_atomic, write_json
+from anyfit.values import (
+    File,
+    Plan,
+    canonical,
+    coerce,
+    digest,
+    parse,
+    without_secrets,
+    write_atomic,
+    write_json,
+)
 
 JSON = st.recursive(
     st.none()
@@ -211,3 +221,9 @@ def test_epochs_and_steps_push_each_other_out() -> None:
         plan.updated(epochs=1, steps=2)
     with pytest.raises(InputError, match="epoch is no field of the plan; it has: epochs, steps"):
         plan.updated(epoch=1)
+
+
+def test_urls_are_shown_without_secrets() -> None:
+    shown = without_secrets("see postgresql://ann:hun@ter2@db/x and https://h/a.csv?X-Amz-Signature=SECRET&b=2 and s3://KEY:VALUE@bucket/x")
+    assert shown == "see postgresql://ann:***@db/x and https://h/a.csv?X-Amz-Signature=***&b=*** and s3://KEY:***@bucket/x"
+    assert without_secrets("plain words, a=1?b=2") == "plain words, a=1?b=2"

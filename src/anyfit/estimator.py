@@ -102,8 +102,9 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         target, weight = _free("target", table), _free("weight", table)
         types: dict[str, Any] = {name: "text" for name in table.column_names if _is_text(X)}
         if self.kind_ == "classifier":
-            self.classes_ = np.unique(labels)
-            table = table.append_column(target, pa.array([str(label) for label in labels.tolist()], pa.string()))
+            self.classes_, places = np.unique(labels, return_inverse=True)
+            names_of = [f"{place} {label}" for place, label in enumerate(self.classes_.tolist())]  # labels that spell alike stay apart
+            table = table.append_column(target, pa.array([names_of[place] for place in places.tolist()], pa.string()))
             types[target] = "categorical"
         else:
             try:
@@ -113,8 +114,6 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             types[target] = "continuous"
         options: dict[str, Any] = {}
         if sample_weight is not None:
-            if "weight" not in Source.__dataclass_fields__:
-                raise InputError("sample_weight is not supported by this version's Source; leave it out")
             weights = np.asarray(sample_weight, dtype=np.float64)
             if weights.shape != (table.num_rows,):
                 raise DataError(f"sample_weight has shape {weights.shape}; give one number for each of the {table.num_rows} rows")
@@ -124,8 +123,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         self.run_ = fit_task(self.task, source, run=self.run, **self._plan_for(table.num_rows))
         if self.kind_ == "classifier":
             known = Schema.from_json(self.run_.state.schema or {}).classes or ()
-            places = {str(label): place for place, label in enumerate(self.classes_.tolist())}
-            self._order = np.array([places[name] for name in known])  # of each output of the model among classes_
+            self._order = np.array([int(name.partition(" ")[0]) for name in known])  # of each output of the model among classes_
         return self
 
     def predict(self, X: Any) -> Array:

@@ -398,23 +398,28 @@ def open_run(run: str | Path, task: Task | None = None) -> tuple[Task, State]:
 def _opened(run: Origin, task: Task | None, plan: Mapping[str, Any]) -> tuple[Task, nn.Module, Prepared]:
     """A trained model with what is needed to give it rows."""
     if isinstance(run, Run):
-        task, schema_json, model, recorded = run.task, run.state.schema, run.model, run.record["plan"]
+        task, schema_json, model, record = run.task, run.state.schema, run.model, run.record
     else:
         task, state = open_run(run, task)
-        schema_json, recorded = state.schema, read_record(Path(run))["plan"]
+        schema_json, record = state.schema, read_record(Path(run))
         model = built(task, Schema.from_json(schema_json or {}))
         engine.load_model(model, state.model)
-    final = Plan(**recorded).updated(**{"device": "auto", **plan})
+    final = Plan(**record["plan"]).updated(**{"device": "auto", **plan})
     device = machine.pick_device(final.device)
     model.to(device=device, dtype=getattr(torch, final.dtype))
     schema = Schema.from_json(schema_json or {})
-    return task, model, Prepared(task, final, device, schema, {}, {}, task.collate)
+    return task, model, Prepared(task, final, device, schema, {}, record["data"], task.collate)
 
 
-def _given_rows(origin: Any, schema: Schema, split: str) -> Rows:
+def _given_rows(origin: Any, prepared: Prepared, split: str) -> Rows:
+    schema = prepared.schema
     source = Source.of(origin)
     if isinstance(source.origin, DataLoader) and (apart := data.taken_apart(source.origin)) is not None:
         return apart[0]
+    told = prepared.sources.get("train", {})  # what training said of its source holds for these rows too
+    source = replace(
+        source, missing=source.missing or told.get("missing", ()), size=source.size or (tuple(told["size"]) if "size" in told else None)
+    )
     images = {column.name: column.type for column in schema.of_type("image") if column.name not in source.types}
     read = replace(source, types={**source.types, **images}).read()  # names of images are read as such again
     rows = read.get("test", read["train"])
@@ -428,14 +433,14 @@ def _given_rows(origin: Any, schema: Schema, split: str) -> Rows:
 def evaluate(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> dict[str, Any]:
     """Figures of a trained run on data with targets."""
     task, model, prepared = _opened(run, task, plan)
-    batches = prepared.batches_of(_given_rows(data, prepared.schema, "test"), "test")
+    batches = prepared.batches_of(_given_rows(data, prepared, "test"), "test")
     return engine.evaluate(task, model, batches, machine.autocast(prepared.plan, prepared.device))
 
 
 def predict(run: Origin, data: Any, *, task: Task | None = None, **plan: Any) -> Any:
     """Predictions of a trained run for data whose targets may be absent: tensors (rows first) as `Task.predict` gives them."""
     task, model, prepared = _opened(run, task, plan)
-    rows = _given_rows(data, prepared.schema, "predict")
+    rows = _given_rows(data, prepared, "predict")
     rows = without(rows, prepared.schema.targets)
     batches = prepared.batches_of(rows, "predict")
     return _joined(list(engine.predict(task, model, batches, machine.autocast(prepared.plan, prepared.device))))

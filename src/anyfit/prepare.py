@@ -82,17 +82,33 @@ def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, tes
     if final.epochs is None and final.steps is None:
         final = final.updated(epochs=10)
     rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
+    count = data.num_rows(rows["train"])
+    if "batch_size" not in plan and count is not None and final.batch_size is not None and 0 < count < final.batch_size:
+        notices.append(f"there are {count} rows to train on, so a batch has {count} in place of {final.batch_size}")
+        final = final.updated(batch_size=count)
     device = machine.pick_device(final.device)
     schema = _schema(task, source, rows["train"])
+    notices += _taken_for_classes(schema, source, rows["train"])
     columns = rows["train"].first().schema if isinstance(rows["train"], Stream) else None
     if schema.classes is not None and len(schema.classes) < 2:
         raise DataError(f"target {schema.target!r} has one class only ({', '.join(schema.classes)}); there is nothing to tell apart")
     names = {split: Source.of(given).name for split, given in (("validation", validation), ("test", test)) if _is_source(given)}
-    sources = {
+    sources: dict[str, dict[str, Any]] = {
         split: {"source": names.get(split, source.name), "rows": data.num_rows(part), "sha256": data.fingerprint(part)}
         for split, part in rows.items()
     }
+    sources["train"] |= {name: list(given) for name, given in (("missing", source.missing), ("size", source.size)) if given}
     return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices), columns)
+
+
+def _taken_for_classes(schema: Schema, source: Source, rows: Rows) -> list[str]:
+    """A word on a target of many whole numbers, which may be meant as a number."""
+    if not isinstance(rows, pa.Table) or len(schema.targets) != 1 or schema.targets[0] in source.types:
+        return []
+    name = schema.targets[0]
+    if schema.classes is None or len(schema.classes) <= 10 or not pa.types.is_integer(rows.schema.field(name).type):
+        return []
+    return [f"target {name!r}: {schema.num_classes} whole numbers are taken for classes; for a number, types: {name}=continuous"]
 
 
 def _is_source(given: Any) -> bool:

@@ -18,7 +18,7 @@ from anyfit.run import Folder, Run, environment
 from anyfit.schema import Schema
 from anyfit.state import State, load_weights
 from anyfit.task import Task, task_code, task_values
-from anyfit.values import Plan
+from anyfit.values import Plan, canonical, without_secrets
 
 __all__ = ["compare", "last_state", "record_of", "start_from", "weights_file"]
 
@@ -44,7 +44,7 @@ def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schem
         "data": {},
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "command": ["anyfit", *sys.argv[1:]] if Path(sys.argv[0]).name in ("anyfit", "__main__.py") else None,
+        "command": ["anyfit", *map(without_secrets, sys.argv[1:])] if Path(sys.argv[0]).name in ("anyfit", "__main__.py") else None,
         "forks": [],
         **environment(str(device)),
     }
@@ -90,6 +90,11 @@ def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -
         was, new_value = changed[fixed[0]]
         raise StateError(
             f"{fixed[0]} (={new_value!r}) was {was!r} in {where}; a change means other batches, so start a new run with weights="
+        )
+    if canonical(before["schema"]) != canonical(now["schema"]):
+        raise StateError(
+            f"{where} was fitted with another schema (types, preprocessing or vocabulary) than these rows and fields give now; resume with "
+            "the same, or start a new run"
         )
     return changed
 

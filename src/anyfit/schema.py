@@ -239,5 +239,5 @@ def _told(column: Mapping[str, Any], minimum: int) -> dict[str, Any]:
 
 
 def _rounded(value: float | str) -> float | str:
-    """Two digits of a number, the day of a moment: no row's own value."""
+    """Two digits of a number, the day of a moment."""
     return value[:10] if isinstance(value, str) else float(f"{value:.2g}")

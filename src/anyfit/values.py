@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import types
 import typing
@@ -29,6 +30,7 @@ __all__ = [
     "coerce",
     "digest",
     "parse",
+    "without_secrets",
     "write_atomic",
     "write_json",
 ]
@@ -40,6 +42,12 @@ def canonical(value: Any) -> bytes:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"value is not strict JSON: {error}") from error
+
+
+def without_secrets(text: str) -> str:
+    """Text in which URLs have neither passwords nor the values of their queries (signatures, tokens)."""
+    masked = re.sub(r"(?<=://)([^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(://\S*?\?)(\S+)", lambda found: found[1] + re.sub(r"=[^&#\s]*", "=***", found[2]), masked)
 
 
 def parse(data: bytes | str, what: str = "JSON") -> Any:

@@ -50,7 +50,7 @@ def describe(
     if published:
         about = told(about, minimum, allow or ())
     result = {
-        "data": given.name,
+        **({} if published else {"data": given.name}),
         "rows": {split: getattr(part, "num_rows", None) for split, part in read.items()},
         **({"described_rows": first.num_rows} if isinstance(rows, Blocks) else {}),
         "schema": schema.hash(),
@@ -108,7 +108,9 @@ def compare(
     source: SourceFields = None,
     json: Json = False,
 ) -> None:
-    """Whether two schemas agree; exit code 1 and the differences where they do not."""
+    """Whether two schemas agree; exit code 1 and the differences where they do not. Of sources, names and types are compared; of runs and
+    saved schemas, what was fitted too.
+    """
     from anyfit.prepare import infer
     from anyfit.schema import Schema
     from anyfit.values import parse
@@ -116,7 +118,8 @@ def compare(
     def schema_of(place: str) -> Schema:
         if place.endswith(".json"):
             try:
-                return Schema.from_json(parse(Path(place).read_bytes(), place))
+                value = parse(Path(place).read_bytes(), place)
+                return Schema.from_json(value.get("schema", value))  # a run's record holds one
             except OSError as error:
                 raise InputError(f"schema (={place!r}) cannot be read: {error.strerror or error}") from error
         given = source_of(place, target, ignore=ignore, types=type, fields=source)

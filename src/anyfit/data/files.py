@@ -31,6 +31,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from anyfit.errors import DataError
+from anyfit.values import without_secrets
 
 __all__ = ["KINDS", "MISSING", "NUMBER", "Files", "Wider", "expand", "kind_of", "plain_column", "plain_type", "without_words"]
 
@@ -78,7 +79,7 @@ def expand(origin: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
         found = sorted(glob.glob(item, recursive=True)) if glob.has_magic(item) else []  # noqa: PTH207  (patterns from the root too)
         if not found:
             what = "matches no file" if glob.has_magic(item) else "does not exist"
-            raise DataError(f"data (={item!r}) {what}; give a file, a pattern, a folder, a URL or 'digits'")
+            raise DataError(f"data (={without_secrets(item)!r}) {what}; give a file, a pattern, a folder, a URL or 'digits'")
         result += found
     return result
 
@@ -93,6 +94,7 @@ class Files:
     missing: Sequence[str] = ()
     types: dict[str, pa.DataType] = field(default_factory=dict)  # what `Wider` has asked for
     block_bytes: int = field(default_factory=lambda: BLOCK_BYTES)
+    threads: bool = True
 
     def __post_init__(self) -> None:
         folder = next((path for path in self.paths if "://" not in path and Path(path).is_dir()), None)
@@ -102,7 +104,7 @@ class Files:
         unknown = next((path for path, kind in kinds.items() if kind is None), None)
         if unknown is not None:
             raise DataError(
-                f"data (={unknown!r}) is of no known kind; it must end in {', '.join(KINDS)} (packed: {', '.join(PACKED)}), or be an IDX "
+                f"data (={without_secrets(unknown)!r}) is of no known kind; it must end in {', '.join(KINDS)} (packed: {', '.join(PACKED)}), or be an IDX "
                 "file, a folder, a zip of images or a database URL"
             )
         if len(set(kinds.values())) > 1:
@@ -142,7 +144,7 @@ class Files:
                         schema = plain.schema if schema is None else schema
                         yield plain if plain.schema.equals(schema) else _conformed(plain, schema, path)
                 except (pa.ArrowException, UnicodeError, EOFError, OSError) as error:
-                    raise DataError(f"data (={path!r}) cannot be read as a table: {_advised(error)}") from error
+                    raise DataError(f"data (={without_secrets(path)!r}) cannot be read as a table: {_advised(error)}") from error
 
     def _plain(self, batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
         """A column's values, not how they are stored: dictionaries, views and large strings become plain ones."""
@@ -168,11 +170,11 @@ class Files:
         with _opened(path, local) as stream:
             head = stream.read(65536)
         if not head.strip():
-            raise DataError(f"data (={path!r}) is empty; give a file with a header and at least one row")
+            raise DataError(f"data (={without_secrets(path)!r}) is empty; give a file with a header and at least one row")
         encoding = self.encoding or _marked(head) or "utf8"
         if encoding == "utf8" and b"\0" in head:
             raise DataError(
-                f"data (={path!r}) holds null bytes: it is no text, or of another encoding; say which, e.g. encoding='utf-16-le'"
+                f"data (={without_secrets(path)!r}) holds null bytes: it is no text, or of another encoding; say which, e.g. encoding='utf-16-le'"
             )
         delimiter = self.delimiter or ("\t" if _suffix(path) == ".tsv" else _delimiter_of(head.decode(encoding, "replace")))
         with _opened(path, local) as stream:
@@ -183,11 +185,13 @@ class Files:
                     words = dict.fromkeys(self.types, pa.string())
                     schema = self._csv_reader(again, delimiter, encoding, words).schema if "conversion error" in str(error) else None
                 raise self._wider(error, schema, path) from error
-            rows = 0
+            rows, batch = 0, None
             while True:
                 try:
                     batch = reader.read_next_batch()
                 except StopIteration:
+                    if batch is not None and batch.num_rows:
+                        self._check_end(batch, path, local, rows)
                     return
                 except pa.ArrowInvalid as error:
                     raise self._wider(error, reader.schema, path) from error
@@ -197,10 +201,23 @@ class Files:
                 rows += batch.num_rows
                 yield batch
 
+    def _check_end(self, batch: pa.RecordBatch, path: str, local: str, rows: int) -> None:
+        """A quotation mark that never closes takes all rows to the end into one cell, which Arrow accepts."""
+        for entry, column in zip(batch.schema, batch.columns, strict=True):
+            if not (pa.types.is_string(entry.type) and "\n" in (column[-1].as_py() or "")):
+                continue
+            with _opened(path, local) as stream:
+                marks = sum(block.count(b'"') for block in iter(lambda: stream.read(BLOCK_BYTES), b""))
+            if marks % 2:
+                raise DataError(
+                    f"data (={without_secrets(path)!r}): the quotation mark that opens in row {rows}, column {entry.name!r}, never closes, "
+                    "and takes all that follows into one cell; close it, or double it"
+                )
+
     def _csv_reader(self, stream: Any, delimiter: str, encoding: str, types: Mapping[str, pa.DataType]) -> Any:
         return pa.csv.open_csv(
             stream,
-            read_options=pa.csv.ReadOptions(block_size=self.block_bytes, encoding=encoding),
+            read_options=pa.csv.ReadOptions(block_size=self.block_bytes, encoding=encoding, use_threads=self.threads),
             parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(null_values=[*MISSING, *self.missing], strings_can_be_null=True, column_types=types),
         )
@@ -214,10 +231,13 @@ class Files:
             r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error to .*?(?:value|zone offset in) '(.*)'", str(error), re.DOTALL
         )
         if found is None or schema is None:
+            if self.threads:  # Arrow tells the row only where one thread reads
+                self.threads = False
+                return Wider("", pa.null())
             text = _advised(error)
             if schema is not None:
                 text = re.sub(r"In CSV column #(\d+)", lambda match: f"In column {schema.names[int(match[1])]!r}", text)
-            return DataError(f"data (={path!r}) cannot be read as a table: {text}")
+            return DataError(f"data (={without_secrets(path)!r}) cannot be read as a table: {text}")
         name, value = schema.names[int(found[1])], found[2]
         kind = self.types.get(name) or schema.field(name).type
         return Wider(name, _beyond(kind, _type_of(value)))
@@ -253,7 +273,7 @@ class Files:
                     line = text.readline()
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"line {number + 1} of {path}, or one soon after, is not {encoding}; say what it is, e.g. encoding='latin-1'"
+                        f"line {number + 1} of {without_secrets(path)}, or one soon after, is not {encoding}; say what it is, e.g. encoding='latin-1'"
                     ) from error
                 number += 1
                 if line.strip():
@@ -293,7 +313,7 @@ def _misfit(path: str, local: str, schema: pa.Schema, error: Exception) -> Excep
                 kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
                 if value is not None and kinds.setdefault(name, kind) != kind:
                     return DataError(
-                        f"column {name!r} of {path} holds {str(value)[:40]!r} in row {number}, unlike the {kinds[name]} before it; write that "
+                        f"column {name!r} of {without_secrets(path)} holds {str(value)[:40]!r} in row {number}, unlike the {kinds[name]} before it; write that "
                         "column as one type"
                     )
                 entry = schema.field(name).type if name in schema.names else pa.null()
@@ -301,7 +321,7 @@ def _misfit(path: str, local: str, schema: pa.Schema, error: Exception) -> Excep
                     return Wider(name, pa.float64())
                 if pa.types.is_timestamp(entry) and isinstance(value, str) and not pa.types.is_timestamp(_type_of(value)):
                     return Wider(name, pa.string())
-    return DataError(f"data (={path!r}) cannot be read as a table: {_advised(error)}")
+    return DataError(f"data (={without_secrets(path)!r}) cannot be read as a table: {_advised(error)}")
 
 
 def _parquet(path: str, local: str) -> Iterator[pa.RecordBatch]:
@@ -330,10 +350,10 @@ def _not_utf8(column: pa.Array, name: str, path: str, before: int) -> DataError:
             (value or b"").decode()
         except UnicodeDecodeError:
             return DataError(
-                f"column {name!r} of {path} holds text that is not UTF-8, {value[:40]!r} in row {before + place + 1}; say what it is, e.g. "
+                f"column {name!r} of {without_secrets(path)} holds text that is not UTF-8, {value[:40]!r} in row {before + place + 1}; say what it is, e.g. "
                 "encoding='latin-1'"
             )
-    return DataError(f"column {name!r} of {path} holds bytes")
+    return DataError(f"column {name!r} of {without_secrets(path)} holds bytes")
 
 
 def _marked(head: bytes) -> str | None:
@@ -425,13 +445,15 @@ def _conformed(batch: pa.RecordBatch, schema: pa.Schema, path: str) -> pa.Record
     odd = sorted(set(batch.schema.names) ^ set(schema.names))
     if odd:
         where = "lacks" if odd[0] in schema.names else "has"
-        raise DataError(f"data (={path!r}) {where} the column {odd[0]!r}, unlike the first file; the columns must agree")
+        raise DataError(f"data (={without_secrets(path)!r}) {where} the column {odd[0]!r}, unlike the first file; the columns must agree")
     columns = []
     for entry in schema:
         column = batch.column(entry.name)
         if column.type != entry.type and not pa.types.is_null(column.type):
             if pa.types.is_nested(column.type) or pa.types.is_nested(entry.type):
-                raise DataError(f"column {entry.name!r} of {path} holds {column.type}, in the first file {entry.type}; make them alike")
+                raise DataError(
+                    f"column {entry.name!r} of {without_secrets(path)} holds {column.type}, in the first file {entry.type}; make them alike"
+                )
             raise Wider(entry.name, _common(entry.type, column.type))
         columns.append(column.cast(entry.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -487,8 +509,10 @@ def _downloaded(url: str, local: Path) -> str:
     except urllib.error.HTTPError as error:
         with error:
             raise DataError(
-                f"data (={url!r}) cannot be fetched: the server answers {error.code} {error.reason}; is it spelt right?"
+                f"data (={without_secrets(url)!r}) cannot be fetched: the server answers {error.code} {error.reason}; is it spelt right?"
             ) from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise DataError(f"data (={url!r}) cannot be fetched: {getattr(error, 'reason', error)}; is the server up?") from error
+        raise DataError(
+            f"data (={without_secrets(url)!r}) cannot be fetched: {getattr(error, 'reason', error)}; is the server up?"
+        ) from error
     return str(local)

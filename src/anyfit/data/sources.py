@@ -29,6 +29,7 @@ from anyfit.data.stream import Stream
 from anyfit.errors import DataError
 from anyfit.schema import ColumnType
 from anyfit.tree import leaves, map_tensors
+from anyfit.values import without_secrets
 
 __all__ = ["Rows", "Source", "fingerprint", "num_rows"]
 
@@ -78,7 +79,7 @@ class Source:
         if isinstance(origin, str | os.PathLike):
             return _hidden(str(origin))
         if _are_paths(origin):
-            return f"{len(origin)} files from {origin[0]}"
+            return f"{len(origin)} files from {_hidden(str(origin[0]))}"
         if isinstance(origin, DataLoader):
             return "DataLoader"
         rows = num_rows(origin)
@@ -132,9 +133,7 @@ class Source:
             return self._read_files_of(place)
         if len(paths) == 1 and kind_of(place.name) is None and ("-ubyte" in place.name or "idx" in place.name):
             return {"train": _idx_table(place, _labels_beside(place))}
-        reader = Files(paths, self.delimiter, self.encoding, self.missing)
-        rows = hold(reader, text)
-        return {"train": rows}
+        return {"train": hold(Files(paths, self.delimiter, self.encoding, self.missing), self.name)}
 
     def _read_folder(self, folder: Path) -> dict[str, Rows]:
         if any(folder.glob("*images*ubyte*")):
@@ -229,9 +228,9 @@ def _is_database(text: str) -> bool:
 
 
 def _hidden(text: str) -> str:
-    """A URL without its password."""
+    """A URL without its password, and without what its query says."""
     if not _is_database(text):
-        return text
+        return without_secrets(text)
     from anyfit.data.sql import hidden
 
     return hidden(text)

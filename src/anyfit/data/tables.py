@@ -166,6 +166,8 @@ def _squares(numbers: np.ndarray[Any, Any], name: str) -> float:
 
 def _moments(column: pa.ChunkedArray, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(N,) seconds since 1970 as float64, NaN for missing."""
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        raise DataError(f"column {name!r} is a datetime but holds {column.type}; write moments as dates, e.g. 2024-05-31T12:00:00")
     try:
         whole = column.cast(pa.timestamp("us", column.type.tz if pa.types.is_timestamp(column.type) else None), safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -190,7 +192,21 @@ def _words(column: pa.ChunkedArray) -> pa.ChunkedArray:
         whole = pc.all(pc.or_kleene(pc.equal(pc.floor(column), column), pc.is_null(column))).as_py()
         if whole:
             column = column.cast(pa.int64())
-    return column.cast(pa.string())
+    words = column.cast(pa.string())
+    return words if pa.types.is_integer(column.type) else _canonical(words)
+
+
+def _canonical(words: pa.ChunkedArray) -> pa.ChunkedArray:
+    """One spelling of whole numbers and of truth: a file's odd cell makes words of a whole column, which must stay what they were."""
+    encoded = words.combine_chunks().dictionary_encode()
+    spelled = [_spelled(word) for word in encoded.dictionary.to_pylist()]
+    return pa.chunked_array([pa.array(spelled, pa.string()).take(encoded.indices)])
+
+
+def _spelled(word: str) -> str:
+    if word.lower() in ("true", "false"):
+        return word.lower()
+    return str(int(word.partition(".")[0])) if re.fullmatch(r"[-+]?[0-9]{1,18}(\.0*)?", word) else word
 
 
 def statistics(table: pa.Table, schema: Schema) -> Update:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +34,6 @@ PADDINGS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
 COUNTS = (0,)
 CACHED_BYTES = 4 << 20  # texts of more bytes are kept as numbers for the next time
 CHUNK_ROWS = 8192
-WORDS = re.compile(r"\w+|[^\w\s]+")  # what the tokenizers library's Whitespace splits at
 
 
 def joined_texts(table: pa.Table, names: list[str]) -> pa.ChunkedArray:
@@ -46,11 +44,13 @@ def joined_texts(table: pa.Table, names: list[str]) -> pa.ChunkedArray:
 
 def word_statistics(texts: pa.ChunkedArray, name: str, *, lowercase: bool) -> Update:
     """How often each word stands in these texts; counts of any parts of the rows add up to those of all."""
+    tokenizers = _library()
+    lower, split = tokenizers.normalizers.Lowercase(), tokenizers.pre_tokenizers.Whitespace()  # Python's own differ on many scripts
     counts: collections.Counter[str] = collections.Counter()
     for chunk in texts.chunks:
         for start in range(0, len(chunk), CHUNK_ROWS):
             for text in chunk.slice(start, CHUNK_ROWS).to_pylist():
-                counts.update(WORDS.findall(text.lower() if lowercase else text))
+                counts.update(word for word, _ in split.pre_tokenize_str(lower.normalize_str(text) if lowercase else text))
     return Update.of(f"words:{name}", {word: torch.tensor(count) for word, count in counts.items()}, float(len(texts)), COUNTS)
 
 
@@ -68,12 +68,14 @@ def trained_tokenizer(
         vocabulary = {word: index for index, word in enumerate((*SPECIAL, *kept))}
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106  (no password)
     else:
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]", continuing_subword_prefix="##"))  # noqa: S106
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))  # noqa: S106
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     if kind == "bpe":
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=size, min_frequency=least, special_tokens=list(SPECIAL), continuing_subword_prefix="##", show_progress=False
-        )
+        # a mark before each word, and none on what follows within it: the library numbers the latter in an order that changes
+        parts = [tokenizers.pre_tokenizers.Whitespace(), tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)]
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, min_frequency=least, special_tokens=list(SPECIAL), show_progress=False)
         repeated = (" ".join([word] * min(count, 1000)) for word, count in words)  # pairs within words are all that is counted
         tokenizer.train_from_iterator(repeated, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -89,6 +91,7 @@ def trained_tokenizer(
 def _library() -> Any:
     try:
         import tokenizers
+        import tokenizers.decoders
         import tokenizers.models
         import tokenizers.normalizers
         import tokenizers.pre_tokenizers

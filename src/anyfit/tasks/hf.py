@@ -94,6 +94,10 @@ class HuggingFace(TextTask):
         return data.statistics(table, schema)
 
     def prepare(self, schema: Schema, statistics: Update) -> Schema:
+        if self.model is not None and Path(self.model).is_dir() and not _is_path(self.model):
+            raise TaskError(
+                f"model (={self.model!r}) is a folder, but spelt like a hub id; write ./{self.model}, so that it is never looked for there"
+            )
         if (self.model is None) == (self.config is None):
             raise TaskError("give model (a folder or a hub id) or config (JSON with model_type), one of the two")
         if self.model is None or self.tokenizer is not None:
@@ -118,11 +122,17 @@ class HuggingFace(TextTask):
         built = super().build_dataset(table, split, schema)
         if self.objective == "classification" or not self.pack or split == "predict":
             return built
+        if schema.weight is not None:
+            raise TaskError(
+                f"weight (={schema.weight!r}) weighs rows, which pack (=True) cuts anew; pass pack=False or leave the weights out"
+            )
         tokenizer = data.tokenizer_of(self._tokenizer(schema))
         ends = None if tokenizer.num_special_tokens_to_add(False) else _first(tokenizer, ("[SEP]", "</s>", "<|endoftext|>"))
         return {"input_ids": data.packed(built["input_ids"], self.max_length, ends)}
 
     def build_model(self, schema: Schema) -> nn.Module:
+        if self.model is not None and _is_path(self.model) and not Path(self.model).is_dir():
+            raise TaskError(f"model (={self.model!r}) is no folder; the one that save_pretrained made must stay where it was")
         transformers = _library()
         words = self.num_words(schema)
         if self.objective == "classification" and not schema.targets:
@@ -276,6 +286,11 @@ class HuggingFace(TextTask):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return place
+
+
+def _is_path(name: str) -> bool:
+    """A folder is spelt with a place before it; anything else is a hub id."""
+    return Path(name).is_absolute() or name.startswith(("./", "../", "~"))
 
 
 def _library() -> Any:
