@@ -773,7 +773,7 @@ def test_what_can_be_read_once_only_is_refused_with_the_way_out() -> None:
     stream = Stream(lambda: once)
     assert stream.first().num_rows == 3
     with pytest.raises(DataError, match="rows gave the same generator twice, which can be read once only; let the function make a new one"):
-        stream.first()
+        list(stream)  # what was held of the first reading does not count as another
     for fields, message in (({"buffer": 0}, r"buffer \(=0\) must be at least 1"), ({"head": 0}, r"head \(=0\)")):
         with pytest.raises(DataError, match=message):
             Stream(numbered(3), **fields)
@@ -829,3 +829,15 @@ def test_schema_of_blocks_ignores_rows_to_validate_on(small: None, path: Path, t
     other = Source(tmp_path / "u.parquet", split="fold")
     assert schema_of(other, read_splits(other, None, None, wants_validation=False)["train"]) == before
     assert infer_schema(changed, "target") is not None
+
+
+def test_the_head_of_a_stream_is_read_once_for_types_statistics_and_columns() -> None:
+    begun: list[int] = []
+
+    def rows() -> Any:
+        begun.append(1)
+        return iter([{"x": float(n), "target": n % 2} for n in range(50)])
+
+    stream = Stream(rows)
+    assert stream.first() is stream.first() and stream.first().num_rows == 50
+    assert len(begun) == 1

@@ -226,4 +226,5 @@ def test_epochs_and_steps_push_each_other_out() -> None:
 def test_urls_are_shown_without_secrets() -> None:
     shown = without_secrets("see postgresql://ann:hun@ter2@db/x and https://h/a.csv?X-Amz-Signature=SECRET&b=2 and s3://KEY:VALUE@bucket/x")
     assert shown == "see postgresql://ann:***@db/x and https://h/a.csv?X-Amz-Signature=***&b=*** and s3://KEY:***@bucket/x"
+    assert without_secrets("https://token@h/a.csv postgresql://ann@db/x") == "https://***@h/a.csv postgresql://ann@db/x"
     assert without_secrets("plain words, a=1?b=2") == "plain words, a=1?b=2"

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from anyfit.errors import InputError, NonFinite
 
-__all__ = ["FINE", "WIDE", "Group", "Order", "Reply", "Update"]
+__all__ = ["COUNTS", "FINE", "WIDE", "Group", "Order", "Reply", "Update"]
 
 # The powers of two that one int64 limb counts in. One limb of 2^-40 serves weights (range 8 million, resolution 1e-12).
 # Seven serve sums of raw data, whose scale nobody knows: range 2^128, resolution 2^-198, and 19 bits in each limb for carries
 # (500,000 addends).
 FINE = (-40,)
 WIDE = (66, 22, -22, -66, -110, -154, -198)
+COUNTS = (0,)  # whole numbers need no fraction bits
 LARGEST = 2**62  # of a limb: two of them add without wrapping
 
 

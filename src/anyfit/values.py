@@ -47,6 +47,7 @@ def canonical(value: Any) -> bytes:
 def without_secrets(text: str) -> str:
     """Text in which URLs have neither passwords nor the values of their queries (signatures, tokens)."""
     masked = re.sub(r"(?<=://)([^:/@\s]*):\S*@", r"\1:***@", text)
+    masked = re.sub(r"(https?://)[^/@\s:]+@", r"\1***@", masked)  # a token in place of a name
     return re.sub(r"(://\S*?\?)(\S+)", lambda found: found[1] + re.sub(r"=[^&#\s]*", "=***", found[2]), masked)
 
 

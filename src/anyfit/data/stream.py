@@ -30,6 +30,7 @@ class Stream:
     rows: Callable[[], Iterable[Any]] | Iterable[Any]
     buffer: int = 1000
     head: int = HEAD_ROWS
+    _first: Any = field(default=None, init=False, repr=False, compare=False)  # types, statistics and columns all ask for it
     _last: Any = field(default=None, init=False, repr=False, compare=False)  # a reference: the place of a dead one may be taken again
 
     def __post_init__(self) -> None:
@@ -94,7 +95,9 @@ class Stream:
 
     def first(self) -> pa.Table:
         """The rows at the start, as a table."""
-        rows = list(itertools.islice(self, self.head))
-        if not rows:
-            raise DataError("the stream gave no row; give at least one")
-        return self.table(rows)
+        if self._first is None:
+            rows = list(itertools.islice(self, self.head))
+            if not rows:
+                raise DataError("the stream gave no row; give at least one")
+            object.__setattr__(self, "_first", self.table(rows))
+        return self._first

@@ -22,12 +22,11 @@ from anyfit.data.files import NUMBER
 from anyfit.data.hashes import pixels_of
 from anyfit.errors import DataError
 from anyfit.schema import DATETIME_PARTS, Column, ColumnType, Schema
-from anyfit.update import WIDE, Update
+from anyfit.update import COUNTS, WIDE, Update
 from anyfit.values import parse
 
 __all__ = ["describe", "fitted", "infer_schema", "statistics", "tensor_schema", "to_tensors"]
 
-COUNTS = (0,)  # whole numbers need no fraction bits
 MOST_TARGET_VALUES = 100  # a whole-number target with at most so many distinct values is taken for classes
 YEAR_S, WEEK_S, DAY_S = 365.2425 * 86400, 7 * 86400, 86400
 NOTHING_KNOWN = 0.0  # as `std`: all training rows lacked it, so whatever stands there later counts as missing too

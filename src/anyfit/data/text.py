@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from anyfit.data.blocks import cache_folder
 from anyfit.data.ragged import Ragged
 from anyfit.errors import DataError, MissingExtra, StorageError
-from anyfit.update import Update
+from anyfit.update import COUNTS, Update
 from anyfit.values import atomic, digest
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = ["SPECIAL", "encoded", "joined_texts", "padding_of", "tokenizer_of", "
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PADDINGS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
-COUNTS = (0,)
 CACHED_BYTES = 4 << 20  # texts of more bytes are kept as numbers for the next time
 CHUNK_ROWS = 8192
 

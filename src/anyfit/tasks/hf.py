@@ -59,7 +59,7 @@ class _Words(NamedTuple):
 class HuggingFace(TextTask):
     """Fine-tune or pre-train a `transformers` model. Batch: `input_ids` (B, T), `lengths` (B,), `target` (B,) or `labels` (B, T).
 
-    `model`: a folder that `save_pretrained` made, or a hub id (asking for one is asking for the network); `pretrained` off takes
+    `model`: a folder that `save_pretrained` made, spelt as a path (./base), or a hub id (asking for one is asking for the network); `pretrained` off takes
     its config alone. `config`: in place of `model`, a config as JSON with its `model_type`; the vocabulary is then learnt from the
     training texts, or `tokenizer` is given. `freeze`: patterns of parameter names that do not train. `lora`: the rank of adapters
     that train in place of the weights (peft). `mask`: the share of words to be guessed; `pack` cuts the text of a language model
