@@ -422,3 +422,184 @@ def test_more_can_be_said_of_the_data(anyfit: Run, tmp_path: Path) -> None:
     done = anyfit(*base, "--source", "delimiter=|", "--source", "missing=unknown", "--source", "weight=w")
     assert done.json["steps"] == 4
     assert "--source (='colour') is no field of the data" in anyfit(*base, "--source", "colour=1").err
+
+
+DEALT = ("federate", "tabular", "--data", "adults.csv", "--target", "income", "--batch-size", 16)
+SILENT = ("--quiet", "--json")
+
+
+def test_one_file_is_dealt_to_sites_compared_and_reported(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    done = anyfit(*DEALT, "--partition", "quantity:0.5", "--num-sites", 3, "--rounds", 4, "--test", 0.3, "--compare", "--run", "r", *SILENT)
+    assert done.code == 0 and done.err == ""
+    found = done.json
+    assert set(found["sites"]) == {"site-0", "site-1", "site-2"} and sum(site["rows"] for site in found["sites"].values()) == 400
+    assert found["sites"]["site-0"]["accuracy"] <= found["fairness"]["accuracy"]["highest"]
+    assert found["compared"] == {"figure": "accuracy", "split": "test"}
+    assert [line["what"] for line in found["comparison"]][:2] == ["federated", "pooled rows"]
+    assert found["comparison"][0]["all"] == found["test"]["accuracy"]
+    record = json.loads((tmp_path / "r/run.json").read_text())
+    assert record["partition"]["how"] == "quantity:0.5" and record["strategy"]["name"] == "FedAvg"
+    assert {"partition.png", "comparison.png", "sites.png"} <= {path.name for path in (tmp_path / "r").iterdir()}
+
+
+def test_a_column_makes_the_sites(anyfit: Run, adults: Path) -> None:
+    done = anyfit(*DEALT, "--partition", "column:job", "--rounds", 1, *SILENT)
+    assert set(done.json["sites"]) == {"a", "b", "c", "missing"}
+
+
+def test_a_person_sees_a_line_for_each_round_and_a_table_of_sites(anyfit: Run, adults: Path) -> None:
+    options = ("--partition", "iid", "--num-sites", 4, "--rounds", 3, "--test", 0.2, "--dropout", 0.3, "--quorum", 2, "--compare")
+    done = anyfit(*DEALT, *options)
+    assert done.code == 0
+    rounds = [line for line in done.err.splitlines() if line.strip().startswith("round")]
+    assert len(rounds) == 3 and all("loss" in line and "of 4 sites" in line and "kB up" in line for line in rounds)
+    assert any("missing: site-" in line for line in rounds)
+    assert "4 sites, 400 rows: site-0 100" in done.err
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("site-")] == ["site-0", "site-1", "site-2", "site-3"]
+    assert any(line.startswith("over sites") for line in lines)
+    assert any(line.startswith("alone, mean of sites") for line in lines)
+
+
+def test_a_terminal_shows_a_live_table_of_its_sites(adults: Path, tmp_path: Path) -> None:
+    import os
+    import pty
+
+    def run(*options: str) -> str:
+        parent, child = pty.openpty()
+        command = [sys.executable, "-m", "anyfit", *map(str, DEALT), *options, "--rounds", "2", "--test", "0.2"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=child, cwd=tmp_path, env={**os.environ, "COLUMNS": "120"})
+        os.close(child)
+        seen = bytearray()
+        with os.fdopen(parent, "rb", buffering=0) as screen:
+            try:
+                while part := screen.read(65536):
+                    seen += part
+            except OSError:  # the other end is closed
+                pass
+        assert process.wait() == 0
+        return seen.decode()
+
+    few = run("--partition", "iid", "--num-sites", "3")
+    assert "last loss" in few and "round 2 of 2  loss" in few
+    assert few.rindex("site-2 ") > few.rindex("last loss")  # each site has its line
+    many = run("--partition", "iid", "--num-sites", "20")
+    last = many[many.rindex("last loss") :]
+    assert "all 20 sites (20 heard of)" in last and 5 <= last.count("site-") <= 10
+
+
+def test_a_resumed_federation_goes_on_with_its_rules(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    base = (*DEALT, "--test", 0.2, "--run", "r", *SILENT)
+    rules = ("--partition", "dirichlet:0.5", "--num-sites", 4, "--strategy", "fedprox:mu=0.3", "--sample", 0.5, "--compress", "int8")
+    first = anyfit(*base, *rules, "--rounds", 2, "--steps", 3, "--seed", 4, "--set", "lr=0.01")
+    assert first.code == 0 and first.json["rounds"] == 2
+    more = anyfit(*base, "--resume", "--rounds", 4)
+    assert more.code == 0 and more.json["rounds"] == 4
+    record = json.loads((tmp_path / "r/run.json").read_text())
+    assert record["strategy"]["name"] == "FedProx" and record["strategy"]["values"]["mu"] == 0.3
+    assert record["rules"]["sample"] == 0.5 and record["rules"]["compress"] == "int8" and record["plan"]["steps"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4] and all(len(line["sites"]) == 2 for line in lines)
+    at_once = anyfit(*DEALT, "--test", 0.2, "--run", "whole", *SILENT, *rules, "--rounds", 4, "--steps", 3, "--seed", 4, "--set", "lr=0.01")
+    assert at_once.json["bytes"] == more.json["bytes"]  # the schedule of the rate went over 2 rounds first, so figures may differ
+    other = anyfit(*base, "--resume", "--rounds", 5, "--strategy", "fedavg")
+    assert other.code == 2 and "has the strategy" in other.err
+
+
+def test_local_work_by_time_goes_on_by_time(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    base = (*DEALT, "--partition", "iid", "--num-sites", 2, "--run", "r", *SILENT)
+    assert anyfit(*base, "--rounds", 1, "--seconds", 0.05).code == 0
+    assert anyfit(*base, "--resume", "--rounds", 2).json["rounds"] == 2
+    assert json.loads((tmp_path / "r/run.json").read_text())["rules"]["seconds"] == 0.05
+
+
+def test_privacy_of_sites_and_of_examples(anyfit: Run, adults: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    sites = (*DEALT, "--partition", "iid", "--num-sites", 8, "--rounds", 2, "--sample", 0.5, "--test", 0.2)
+    done = anyfit(*sites, "--privacy", "site:clip=0.5,epsilon=6,delta=1e-2", "--run", "s", *SILENT)
+    assert done.code == 0 and 0 < done.json["privacy"]["epsilon"] <= 6
+    more = anyfit(*sites, "--run", "s", "--resume", "--rounds", 3, *SILENT)  # as private as before: its noise was calibrated then
+    assert more.code == 0 and more.json["privacy"]["epsilon"] <= 6
+    seen = anyfit(*sites, "--privacy", "site:noise_multiplier=2,delta=1e-2")
+    assert "epsilon" in next(line for line in seen.err.splitlines() if line.strip().startswith("round 1"))
+    assert "at delta 0.01" in seen.out
+    fitted = ("fit", "tabular", "--data", adults, "--target", "income", "--steps", 5, "--batch-size", 20, "--run", "e", *SILENT)
+    example = anyfit(*fitted, "--privacy", "example:clip=1,epsilon=4,delta=1e-3")
+    assert example.code == 0
+    again = anyfit(*fitted, "--resume")
+    assert again.code == 0
+
+
+def test_sites_that_come_late_or_too_late(anyfit: Run, adults: Path) -> None:
+    base = (*DEALT, "--partition", "iid", "--num-sites", 3, "--rounds", 3)
+    late = anyfit(*base, "--join", "site-2=2")
+    assert "site site-2 joins in round 2" in late.err and "joined in round 2" in late.out
+    slow = anyfit(*base, "--straggle", 1.0, "--delay", 100, "--deadline", 50, "--quorum", 1, "--run", "slow")
+    assert slow.code == 1 and "0 of 3 sites answered in round 1" in slow.err
+
+
+def test_limits_of_a_site_are_kept(anyfit: Run, adults: Path) -> None:
+    base = (*DEALT, "--partition", "iid", "--num-sites", 4, "--rounds", 1)
+    few = anyfit(*base, "--min-rows", 1000)
+    assert few.code != 0 and "fewer than this site lets an update stand for (1000)" in few.err
+    large = anyfit(*base, "--max-norm", 1e-9)
+    assert large.code == 1 and "more than this site lets out (1e-09)" in large.err
+    cells = anyfit(*base, "--min-cells", 40, "--run", "cells", *SILENT)
+    job = json.loads(Path("cells/run.json").read_text())["schema"]["columns"][1]
+    assert cells.code == 0 and job["name"] == "job" and job["categories"] == []
+
+
+BAD_FEDERATIONS = {
+    "no sites": ((), "give the sites' data: --site FILE for each of them"),
+    "both": (("--site", "adults.csv", "--data", "adults.csv"), "give the sites' data"),
+    "no partition": (("--data", "adults.csv"), "--partition is missing"),
+    "unknown partition": (("--data", "adults.csv", "--partition", "pie"), "how (='pie') is unknown"),
+    "no number": (("--data", "adults.csv", "--partition", "iid"), "num_sites is not given"),
+    "too many sites": (("--data", "adults.csv", "--partition", "iid", "--num-sites", 500), "num_sites (=500) must be"),
+    "partition of sites": (("--site", "adults.csv", "--partition", "iid"), "with --site each site has data of its own"),
+    "unknown strategy": (("--site", "adults.csv", "--strategy", "fedmagic"), "strategy (='fedmagic') is not known"),
+    "unknown field": (("--site", "adults.csv", "--strategy", "fedprox:nu=1"), "'nu' is no field of FedProx"),
+    "unknown privacy": (("--site", "adults.csv", "--privacy", "perfect"), "--privacy (='perfect') must begin with site: or example:"),
+    "no delta": (("--site", "adults.csv", "--privacy", "site:epsilon=8"), "--privacy (='site:epsilon=8') lacks delta"),
+    "unknown privacy field": (("--site", "adults.csv", "--privacy", "site:sigma=1,delta=1e-5"), "'sigma' is no field of it"),
+    "bad privacy value": (("--site", "adults.csv", "--privacy", "site:epsilon=low,delta=1e-5"), "epsilon of --privacy (='low') must be"),
+    "bad sample": (("--site", "adults.csv", "--sample", "half"), "--sample (='half') must be a whole number or a finite number"),
+    "large sample": (("--site", "adults.csv", "--sample", 1.5), "sample (=1.5) must be a whole number of sites"),
+    "bad codec": (("--site", "adults.csv", "--compress", "zip"), "compress (='zip') must be one of"),
+    "bad dropout": (("--site", "adults.csv", "--dropout", 2), "dropout (=2.0) of Faults must be a chance"),
+    "unknown joiner": (("--site", "adults.csv", "--join", "mars=2"), "names 'mars', which is no site"),
+    "two kinds of work": (("--site", "adults.csv", "--seconds", 1, "--epochs", 1), "excludes epochs and steps"),
+    "validation": (("--site", "adults.csv", "--validation", 1.5), "validation (=1.5) must be a fraction"),
+    "min rows": (("--site", "adults.csv", "--min-rows", 0), "rows (=0) of the limits must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FEDERATIONS)
+def test_a_bad_federation_is_refused_with_a_clear_error(case: str, anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    options, message = BAD_FEDERATIONS[case]
+    done = anyfit("federate", "tabular", "--target", "income", "--rounds", 1, *options, "--run", "r", *SILENT)
+    assert message in done.err and done.code == 2
+    assert message in done.json["error"]["message"]
+    assert not (tmp_path / "r").exists()
+
+
+def test_rounds_are_needed_where_nothing_is_resumed(anyfit: Run, adults: Path) -> None:
+    done = anyfit("federate", "tabular", "--site", "adults.csv", "--target", "income", *SILENT)
+    assert done.code == 2 and "--rounds is missing" in done.err
+    site = anyfit("fit", "tabular", "--data", "adults.csv", "--target", "income", "--privacy", "site:epsilon=1,delta=1e-3", *SILENT)
+    assert site.code == 2 and "must begin with example:" in site.err
+
+
+def test_ranks_of_torchrun_share_the_sites(adults: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "anyfit"]
+    options = [*DEALT, "--partition", "iid", "--num-sites", "5", "--rounds", "2", "--test", "0.2", "--compare", "--json"]
+    results = []
+    for name, launcher in (("alone", [sys.executable, "-m", "anyfit"]), ("ranks", torchrun)):
+        done = subprocess.run(
+            [*launcher, *map(str, options), "--run", name], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert len(found) == 1  # one rank speaks for all
+        results.append({key: found[0][key] for key in ("test", "sites", "comparison")})
+    assert results[0] == results[1]

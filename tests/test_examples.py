@@ -20,6 +20,14 @@ CLAIMS = {
     "federated_digits.py": (r"federated +0\.9", ()),
     "imdb_cnn_rnn.py": (r"CNN: loss .*accuracy 0\.\d+", ("--steps", "100")),
     "own_data.py": (r"'share_right': (?:1\.0|0\.9)", ()),
+    "own_strategy.py": (r"FedAvg +accuracy 0\.9.*\nEqual +accuracy 0\.[89]", ()),
+    "substra_mnist.py": (r"all +accuracy 0\.9", ()),
+    # of head and whole the same accuracy to the last digit, and hundreds of times the bytes
+    "substra_bert.py": (
+        r"23,729 times less\nBert +accuracy (0\.\d+) +1,568 bytes.*\nEverything +accuracy \1 +1,\d{3},\d{3} bytes",
+        ("{data}/trec",),
+    ),
+    "heart_disease.py": (r"single-site model at 4 of 4 hospitals", ("{data}/heart-disease/heart_disease_all_sites.csv",)),
 }
 
 
@@ -28,8 +36,10 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_an_example_shows_what_it_claims(name: str, tmp_path: Path) -> None:
-    claim, arguments = CLAIMS[name]
+def test_an_example_shows_what_it_claims(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    claim, given = CLAIMS[name]
+    needs_data = any("{data}" in argument for argument in given)
+    arguments = [argument.format(data=request.getfixturevalue("data_folder")) if needs_data else argument for argument in given]
     command = [sys.executable, "-W", "error", str(FOLDER / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 import anyfit
 from anyfit import FedAvg, Source, Task
 from anyfit.data import read_splits
-from anyfit.errors import DataError, InputError, RunError, StateError, TaskError
+from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError, TaskError
 from anyfit.schema import Schema
 
 
@@ -78,22 +79,17 @@ def test_frozen_weights_are_neither_sent_nor_changed(sites: dict[str, pa.Table])
 
 
 class Normed(Task):
-    travels: bool = False
-
     def build_model(self, schema: Schema) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         return model(batch["image"].float() / 16)
 
-    def shared(self, name: str, tensor: torch.Tensor) -> bool:
-        return super().shared(name, tensor) or (self.travels and "running" in name)
-
 
 def test_batch_statistics_travel_or_are_refused(digits: dict[str, Any], sites: dict[str, pa.Table]) -> None:
     with pytest.raises(TaskError, match=re.escape("keeps batch statistics (2.running_mean)")):
         anyfit.federate(Normed(), sites, **LOCAL)
-    run = anyfit.federate(Normed(travels=True), sites, test=digits["test"], **{**LOCAL, "rounds": 6})
+    run = anyfit.federate(Normed(), sites, batch_statistics="aggregate", test=digits["test"], **{**LOCAL, "rounds": 6})
     assert run.splits["test"]["accuracy"] > 0.7
     assert float(run.state.model["2.running_mean"].abs().max()) > 0
 
@@ -130,12 +126,13 @@ def test_learning_rate_schedules_run_over_the_whole_federation(sites: dict[str, 
     seen: list[float] = []
 
     class Watched(FedAvg):
-        def local(self, trainer: Any, order: Any, batches: Any, memory: Any) -> Any:
-            seen.append(trainer.learning_rate())
-            return super().local(trainer, order, batches, memory)
+        def local(self, turn: Any) -> Any:
+            change = turn.train()
+            seen.append(turn.trainer.learning_rate())
+            return turn.update(change)
 
     anyfit.federate(TASK, {"one": sites["middle"]}, strategy=Watched(), **{**LOCAL, "rounds": 5})
-    assert seen[1] > seen[2] > seen[3] > seen[4]
+    assert seen[0] > seen[1] > seen[2] > seen[3] > seen[4]
 
 
 def test_arrays_federate_too() -> None:
@@ -172,7 +169,6 @@ class Explodes(anyfit.Tabular):
             "site 'b' has another schema than 'a': column 'x'",
         ),
         ({"a": TABLE}, {"rounds": 0}, InputError, "rounds (=0) must be at least 1"),
-        ({"a": TABLE}, {"patience": 3}, InputError, "patience (=3) has no meaning in a federation"),
         (["x/a.csv", "y/a.csv"], {}, InputError, "two sites are named 'a'"),
         ({"a": TABLE.slice(0, 40).set_column(2, "target", pa.array([1] * 40))}, {}, DataError, "one class only at all sites together"),
     ],
@@ -192,3 +188,52 @@ def test_a_site_with_fewer_rows_than_a_batch_or_one_class_takes_part() -> None:
     tiny = TABLE.take([0, 2, 4])
     run = anyfit.federate(anyfit.Tabular(), {"a": TABLE, "tiny": tiny}, rounds=2, batch_size=16)
     assert run.result["sites"]["tiny"]["rows"] == 3
+
+
+def test_sums_of_large_sites_have_more_room_and_the_same_weights(sites: dict[str, pa.Table], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**LOCAL, "rounds": 2, "dtype": "float64"}
+    before = anyfit.federate(TASK, sites, **options)
+    monkeypatch.setattr(import_module("anyfit.federate.rounds"), "MOST_FINE", 100)
+    after = anyfit.federate(TASK, sites, **options)
+    for name, tensor in before.state.model.items():
+        assert float((tensor - after.state.model[name]).abs().max()) < 1e-12
+
+    class Leaps(FedAvg):  # 940 rows in all that move by 10,000: more than one limb holds
+        def local(self, turn: Any) -> Any:
+            return turn.update(turn.train() * 0 + 10_000)
+
+    leapt = anyfit.federate(TASK, sites, strategy=Leaps(), **{**options, "rounds": 1})
+    start = anyfit.federate(TASK, sites, strategy=FedAvg(lr=1e-30), **{**options, "rounds": 1})
+    assert float((leapt.state.model["output.bias"] - start.state.model["output.bias"] - 10_000).abs().max()) < 1e-9
+    monkeypatch.undo()
+    with pytest.raises((RunError, NonFinite), match="fixed point"):
+        anyfit.federate(TASK, sites, strategy=Leaps(), **{**options, "rounds": 1})
+
+
+def test_rounds_between_two_checkpoints_are_run_again_and_what_sites_remember_with_them(sites: dict[str, pa.Table], tmp_path: Path) -> None:
+    options = {**LOCAL, "rounds": 5, "strategy": "scaffold", "checkpoint_every_s": 1e6}
+    whole = anyfit.federate(TASK, sites, run=tmp_path / "whole", **options)
+    assert [path.name for path in (tmp_path / "whole/checkpoints").iterdir()] == ["step-000000005.safetensors"]
+
+    class Killed(Exception):
+        pass
+
+    def run(until: int, *, kills: bool) -> None:
+        def on_event(event: dict[str, Any]) -> str | None:
+            if event["event"] == "round" and event["round"] == until and kills:
+                raise Killed
+            return "stop" if event["event"] == "round" and event["round"] == until else None
+
+        anyfit.federate(TASK, sites, run=tmp_path / "cut", resume=(tmp_path / "cut").exists(), on_event=on_event, **options)
+
+    with pytest.raises(Killed):
+        run(2, kills=True)
+    assert not list((tmp_path / "cut/checkpoints").glob("*.safetensors"))
+    run(2, kills=False)  # from the beginning again, and saved because it was asked to stop
+    with pytest.raises(Killed):
+        run(4, kills=True)
+    run(5, kills=False)
+    last = anyfit.federate(TASK, sites, run=tmp_path / "cut", resume=True, **options)
+    for name, tensor in whole.state.model.items():
+        assert torch.equal(tensor, last.state.model[name])
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()

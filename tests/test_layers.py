@@ -35,10 +35,11 @@ ROWS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("strategy",), ()),
     (("tasks", "engine"), ("hub",)),
     (("task", "guard"), ()),
+    (("private",), ()),
     (("data", "state", "metrics", "schedule", "machine", "embedding"), ("pages",)),
-    (("update",), ("report", "bundle")),
+    (("update", "codec"), ("report", "bundle")),
     (("tree",), ("run", "wire", "policy")),
-    ((), ("schema", "secure")),
+    ((), ("schema", "secure", "privacy")),
     ((), ("values",)),
     ((), ("errors",)),
 ]

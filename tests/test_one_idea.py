@@ -68,10 +68,9 @@ def test_fit_and_federate_learn_the_same_weights(sites: dict[str, pa.Table]) -> 
 class MeanOfMeans(FedAvg):
     """The mistake: each site counts the same, however many rows it has."""
 
-    def local(self, *arguments: Any) -> tuple[Update, Any]:
-        update, memory = super().local(*arguments)
-        deltas = dict(update.mean("weights"))
-        return Update.of("weights", deltas, 1.0).joined(Update({"loss": update.groups["loss"]})), memory
+    def local(self, turn: Any) -> Update:
+        update = super().local(turn)
+        return Update.of("weights", update.mean("weights"), 1.0).joined(Update({"loss": update.groups["loss"]}))
 
 
 def test_mean_of_means_fails(sites: dict[str, pa.Table]) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from anyfit.errors import InputError
 from anyfit.report import summary, write_report
-from anyfit.report.plots import _smooth, _thin
+from anyfit.report.plots import _COLOURS, _GRID, _INK, _MUTED, _PAPER, _quantile, _smooth, _thin
 
 HOSTILE = "<script>alert('ü')</script> & $x_$ 中"
 
@@ -275,6 +275,93 @@ def test_federated_run_has_a_row_for_each_site(sites: int, tmp_path: Path) -> No
     assert "FedAvg" in page.text
     assert summary(run)["rounds"] == 12
     assert "steps" not in summary(run)
+
+
+def dealt(run: Path, sites: int, classes: int, rows: int = 12) -> None:
+    """Add to a run's record that one data set was dealt to its sites."""
+    draw, record = random.Random(3), json.loads((run / "run.json").read_text())
+    counts = {f"hospital {site}": {f"kind {label}": draw.randrange(rows) for label in range(classes)} for site in range(sites)}
+    sizes = {"lowest": 3, "median": 7.0, "highest": 2400}
+    record["partition"] = {"how": "dirichlet:0.5", "seed": 11, "sites": sites, "rows_per_site": sizes, "counts": counts}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(("sites", "classes"), [(1, 1), (4, 3), (4, 10), (30, 10), (100, 2), (150, 40)])
+def test_partition_has_a_picture_in_colours_that_turn_dark(sites: int, classes: int, tmp_path: Path) -> None:
+    run = federated(tmp_path / "run", 4)
+    dealt(run, sites, classes)
+    page = Page(write_report(run))
+    assert (run / "partition.png").stat().st_size > 5000
+    caption = f"dealt to {sites} sites by dirichlet:0.5, seed 11. A site has 3 to 2,400 rows, in the middle 7."
+    assert caption in page.text
+    assert ("100 sites are shown, evenly picked." in page.text) == (sites > 100)
+    light = [svg_of(load) for load in page.loads[::2]]
+    assert all(set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {_INK, _MUTED, _GRID, _PAPER, *_COLOURS} for svg in light)
+    assert any("<!-- share of site" in svg for svg in light) == (classes > 8 or (sites > 40 and classes > 1))
+    assert (run / "report.html").stat().st_size < 2_000_000
+    (run / "run.json").write_text(json.dumps(record_of("federate")))
+    write_report(run)
+    assert not (run / "partition.png").exists()
+
+
+def svg_of(load: str) -> str:
+    return base64.b64decode(load.partition(",")[2]).decode()
+
+
+@pytest.mark.parametrize("value", [3, "x", [1], {"counts": 3}, {"counts": {"a": 1}}, {"counts": {"a": {"b": -1, "c": "x", "d": True}}}])
+def test_partition_that_says_nothing_has_no_picture(value: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", record_of("federate", partition=value, privacy=value), [], {"fairness": value, "comparison": value})
+    write_report(run)
+    assert not (run / "partition.png").exists()
+
+
+def test_partition_of_empty_sites_is_drawn(tmp_path: Path) -> None:
+    counts = {"a": dict.fromkeys(map(str, range(9)), 0), "b": dict.fromkeys(map(str, range(9)), 0)}
+    run = write_run(tmp_path / "run", record_of("federate", partition={"counts": counts}), [], None)
+    write_report(run)
+    assert (run / "partition.png").exists()
+
+
+def test_many_sites_are_a_band_their_median_and_the_worst(tmp_path: Path) -> None:
+    few, many = federated(tmp_path / "few" / "run", 30), federated(tmp_path / "many" / "run", 31)
+    sizes = [write_report(run).stat().st_size for run in (few, many)]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert [_quantile([1.0, 2.0, 4.0], share) for share in (0, 0.25, 0.5, 0.75, 1)] == [1, 1.5, 2, 3, 4]
+    assert _quantile([5.0], 0.9) == 5
+
+
+def test_epsilon_of_each_round_is_drawn_apart_from_metrics(tmp_path: Path) -> None:
+    run = federated(tmp_path / "run", 3)
+    events = [{"event": "round", "round": round, "loss": 0.5, "epsilon": 0.25 * round} for round in range(1, 13)]
+    record = record_of("federate", privacy={"unit": "site", "epsilon": 4.0, "delta": 1e-5})
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    text = Page(write_report(run)).text
+    assert (run / "privacy.png").stat().st_size > 5000
+    assert not (run / "metrics.png").exists()
+    assert "than epsilon allows: 3.0000 at round 12." in text
+    for part in ("Privacy", "What was asked for", "delta", "1e-05"):
+        assert part in text
+
+
+def test_fairness_comparison_and_notes_are_tables(tmp_path: Path) -> None:
+    run = federated(tmp_path / "run", 130)
+    record, result = (json.loads((run / name).read_text()) for name in ("run.json", "result.json"))
+    record["sites"]["hospital 1"]["notes"] = ["one class only", HOSTILE]
+    record["sites"]["hospital 129"]["notes"] = ["few rows"]
+    spread = {"mean": 0.84, "lowest": 0.615, "highest": 0.97, "deviation": 0.08, "worst_site": "hospital 7"}
+    result |= {
+        "fairness": {"accuracy": spread, "odd": 3},
+        "comparison": [{"what": "federated", "accuracy": 0.874}, {"what": HOSTILE, "accuracy": 0.712, "loss": 0.93}, 3, {"accuracy": 1.0}],
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "result.json").write_text(json.dumps(result))
+    text = Page(write_report(run)).text
+    assert (run / "comparison.png").stat().st_size > 5000
+    for part in ("Differences between sites", "0.6150", "hospital 7", "Comparison", "0.7120", "0.9300", f"one class only; {HOSTILE}"):
+        assert part in text
+    assert "few rows" in text
+    assert "The first 100 of 130 sites, and others with notes." in text
 
 
 def test_traffic_and_metrics_of_each_site_are_shown_where_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anyfit.errors import InputError, NonFinite
-from anyfit.update import FINE, WIDE, Order, Update
+from anyfit.update import FINE, WIDE, Layout, Order, Total, Update
 
 NUMBERS = st.floats(-1e5, 1e5)
 RAW = st.floats(-1e20, 1e20)
@@ -132,3 +132,43 @@ def test_other_shapes_or_units_are_refused() -> None:
 def test_bytes_are_those_of_the_tensors() -> None:
     assert Update.of("g", {"w": torch.zeros(10)}, 1).size_bytes() == 40
     assert Order("train", 1, 1, 0, {"w": torch.zeros(3, dtype=torch.float64)}).size_bytes() == 24
+
+
+@given(st.lists(st.tuples(NUMBERS | st.floats(-4e5, 4e5), NUMBERS, COUNTS), min_size=1, max_size=8), st.sampled_from([FINE, WIDE]))
+@example([(4e5, 0.0, 1.0), (1e-12, 1.0, 1.0), (-4e5, 3.0, 0.5)], FINE)
+def test_a_total_in_place_has_the_bits_of_plus(rows: list[tuple[float, float, float]], exponents: tuple[int, ...]) -> None:
+    updates = [update([a, b], count, exponents) for a, b, count in rows]
+    total = Total()
+    for index, part in enumerate(updates):
+        total.add(Update({"g": part.groups["g"].encoded()}) if index % 3 == 2 else part)
+    assert bits(total.update()) == bits(sum(updates, Update()))
+
+
+def test_a_total_refuses_what_does_not_fit_and_stays_as_it_was() -> None:
+    total = Total()
+    total.add(update([1.0, 2.0], 3.0))
+    before = bits(total.update())
+    for bad, message in [
+        (update([1.0], 1.0), "has the shapes"),
+        (update([1.0, 2.0], 1.0, WIDE), "different units"),
+        (update([1.0, math.nan], 1.0), "is not finite"),
+        (update([1.0, 2.0], math.inf), "is not finite"),
+    ]:
+        with pytest.raises((InputError, NonFinite), match=message):
+            total.add(bad.joined(Update.of("other", {"n": torch.tensor(1.0)}, 1)))
+        assert bits(total.update()) == before and "other" not in total.update()
+    part = update([0.9 * 2.0**22, 0.0], 1.0)
+    total.add(part)
+    with pytest.raises(NonFinite, match="passes what fixed point can hold"):
+        total.add(part)
+
+
+def test_a_layout_takes_tensors_apart_and_together() -> None:
+    named = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7.0), "none": torch.zeros(0, 4)}
+    layout = Layout.of(named)
+    flat = layout.flat(named.values())
+    assert flat.tolist() == [0, 1, 2, 3, 4, 5, 7] and layout.size == 7 and flat.dtype == torch.float32
+    for view, tensor in zip(layout.views(flat), named.values(), strict=True):
+        assert torch.equal(view, tensor)
+    assert Layout.of({**named, "b": named["b"].double()}).dtype == torch.float64
+    assert len({layout.hash(), Layout.of({"w": named["w"]}).hash(), Layout.of({**named, "b": torch.zeros(1)}).hash()}) == 3

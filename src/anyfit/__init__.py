@@ -14,36 +14,76 @@ if TYPE_CHECKING:
     from anyfit.adapt.huggingface import from_transformers
     from anyfit.adapt.lightning import from_lightning
     from anyfit.check import check
-    from anyfit.data import Source, Stream
+    from anyfit.data import Partition, Source, Stream, partition
     from anyfit.engine import Trainer
     from anyfit.estimator import Estimator
-    from anyfit.federate import federate
+    from anyfit.federate import Faults, federate
     from anyfit.fit import evaluate, fit, open_run, predict
+    from anyfit.guard import Limits
     from anyfit.load import load
     from anyfit.metrics import Metric
+    from anyfit.privacy import ExamplePrivacy, SitePrivacy
     from anyfit.report import write_report
     from anyfit.run import Run
     from anyfit.schedule import Schedule
     from anyfit.schema import Column, Schema
     from anyfit.state import State
-    from anyfit.strategy import FedAvg, Strategy
+    from anyfit.strategy import (
+        Cyclic,
+        FedAdagrad,
+        FedAdam,
+        FedAvg,
+        FedAvgM,
+        FedBN,
+        FedMedian,
+        FedNova,
+        FedPCA,
+        FedProx,
+        FedYogi,
+        Krum,
+        NewtonRaphson,
+        Scaffold,
+        SingleSite,
+        Strategy,
+        TrimmedMean,
+    )
     from anyfit.task import Step, Task, adamw
-    from anyfit.tasks import HuggingFace, Image, Tabular, TextCNN, TextRNN, TextTransformer
+    from anyfit.tasks import PCA, HuggingFace, Image, Tabular, TextCNN, TextRNN, TextTransformer
     from anyfit.update import Update
     from anyfit.values import File, Plan
 
 _PLACES = {
     "Column": "schema",
+    "Cyclic": "strategy",
     "Estimator": "estimator",
+    "ExamplePrivacy": "privacy",
+    "Faults": "federate",
+    "FedAdagrad": "strategy",
+    "FedAdam": "strategy",
     "FedAvg": "strategy",
+    "FedAvgM": "strategy",
+    "FedBN": "strategy",
+    "FedMedian": "strategy",
+    "FedNova": "strategy",
+    "FedPCA": "strategy",
+    "FedProx": "strategy",
+    "FedYogi": "strategy",
     "File": "values",
     "HuggingFace": "tasks",
     "Image": "tasks",
+    "Krum": "strategy",
+    "Limits": "guard",
     "Metric": "metrics",
+    "NewtonRaphson": "strategy",
+    "PCA": "tasks",
+    "Partition": "data",
     "Plan": "values",
     "Run": "run",
+    "Scaffold": "strategy",
     "Schedule": "schedule",
     "Schema": "schema",
+    "SingleSite": "strategy",
+    "SitePrivacy": "privacy",
     "Source": "data",
     "State": "state",
     "Step": "task",
@@ -55,6 +95,7 @@ _PLACES = {
     "TextRNN": "tasks",
     "TextTransformer": "tasks",
     "Trainer": "engine",
+    "TrimmedMean": "strategy",
     "Update": "update",
     "adamw": "task",
     "check": "check",
@@ -65,22 +106,43 @@ _PLACES = {
     "from_transformers": "adapt.huggingface",
     "load": "load",
     "open_run": "fit",
+    "partition": "data",
     "predict": "fit",
     "write_report": "report",
 }
 
 __all__ = [
+    "PCA",
     "Column",
+    "Cyclic",
     "Estimator",
+    "ExamplePrivacy",
+    "Faults",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedBN",
+    "FedMedian",
+    "FedNova",
+    "FedPCA",
+    "FedProx",
+    "FedYogi",
     "File",
     "HuggingFace",
     "Image",
+    "Krum",
+    "Limits",
     "Metric",
+    "NewtonRaphson",
+    "Partition",
     "Plan",
     "Run",
+    "Scaffold",
     "Schedule",
     "Schema",
+    "SingleSite",
+    "SitePrivacy",
     "Source",
     "State",
     "Step",
@@ -92,6 +154,7 @@ __all__ = [
     "TextRNN",
     "TextTransformer",
     "Trainer",
+    "TrimmedMean",
     "Update",
     "adamw",
     "check",
@@ -102,6 +165,7 @@ __all__ = [
     "from_transformers",
     "load",
     "open_run",
+    "partition",
     "predict",
     "write_report",
 ]

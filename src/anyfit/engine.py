@@ -20,6 +20,7 @@ from anyfit.embedding import UsedRows, used_rows
 from anyfit.errors import DataError, InputError, Lost, NonFinite, RunError, TaskError
 from anyfit.machine import autocast, random_state, set_random_state
 from anyfit.metrics import Accumulator
+from anyfit.private import PrivateGradient, PrivateSteps
 from anyfit.schedule import Schedule
 from anyfit.state import Position, State
 from anyfit.task import Step, Task, evaluating, measure
@@ -140,6 +141,7 @@ class Trainer:
         *,
         workers: Workers | None = None,
         correct: Correct | None = None,
+        private: PrivateSteps | None = None,
     ) -> None:
         self.task, self._model, self._optimizers, self.schedules = task, model, optimizers, schedules
         self.plan, self.device, self.workers, self.correct = plan, device, workers or Alone(), correct
@@ -157,6 +159,16 @@ class Trainer:
         self._summed = False  # whether gradients are sums over nominal, or still the mean of one batch
         self._tables: list[UsedRows] = []  # of which only the rows in use are trained
         self._stepping = False
+        self.private = None if private is None else self._private(private)
+
+    def _private(self, steps: PrivateSteps) -> PrivateGradient:
+        if type(self.task).train_step is not Task.train_step:
+            raise TaskError(
+                f"{type(self.task).__name__} has a train_step of its own, which privacy cannot bound; leave train_step out, or fit without"
+            )
+        if not self.workers.alone:
+            raise InputError("private steps are taken by one worker alone; use one process")
+        return PrivateGradient(self.task, self._model, self._trained, steps, self.plan)
 
     @property
     def model(self) -> nn.Module:
@@ -180,6 +192,7 @@ class Trainer:
         """Train only those word vectors that the training texts hold, where that is the same."""
         columns = getattr(batches, "columns", None)
         plain = type(self.task).train_step is Task.train_step and self.workers.alone and self.correct is None
+        plain = plain and self.private is None  # which words are in use is private too: all get noise
         if columns is None or not plain or not self.plan.used_rows or self._tables:
             return
 
@@ -361,11 +374,12 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
     trainer.model.train()
     trainer.use_rows(batches)
     trainer.nominal = float(getattr(batches, "step_size", trainer.plan.batch_size or 1))
+    steps_per_epoch = batches.steps_per_epoch if trainer.private is None else trainer.private.steps.steps_per_epoch
     try:
         while trainer.position.step < total_steps:
             here = trainer.position
-            loss, count, logs = _step(trainer, task, batches)
-            ends = here.offset + 1 == batches.steps_per_epoch
+            loss, count, logs = _step(trainer, task, batches) if trainer.private is None else _private_step(trainer, batches)
+            ends = here.offset + 1 == steps_per_epoch
             if loss is None:  # a stream that ended where its epoch ends
                 if here.offset == 0:
                     raise RunError("the data gave no batch; check the loader")
@@ -422,6 +436,18 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
     if not steps and not workers.alone:  # a share of no samples
         return torch.zeros((), device=trainer.device), 0, None
     return _joined(steps)
+
+
+def _private_step(trainer: Trainer, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
+    """A step whose gradient is clipped row by row and has noise; one without rows is taken too."""
+    assert trainer.private is not None
+    try:
+        loss, count, logs = trainer.private.backward(batches, trainer.position.step)
+    except IndexError as error:
+        raise _explained(error) from error
+    trainer._counts = [1]
+    trainer.apply()
+    return loss, count, logs
 
 
 def _undo(trainer: Trainer) -> Callable[[], None]:

@@ -9,6 +9,8 @@ AnyfitError
 │   └── MissingExtra (also ImportError)     an optional dependency; names the install command
 └── RunError (also RuntimeError)            what happened while running; exit code 1
     ├── NonFinite                           a loss or a weight that is NaN or infinite
+    ├── Refused                             a site's guard lets something not out
+    │   └── BudgetSpent                     what is asked would pass a budget of privacy
     ├── StorageError                        a disk that is full or cannot be written
     └── Lost                                a worker is gone; the same step can be retried
 """
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 __all__ = [
     "AnyfitError",
+    "BudgetSpent",
     "BusyError",
     "DataError",
     "InputError",
     "Lost",
     "MissingExtra",
     "NonFinite",
+    "Refused",
     "RunError",
     "StateError",
     "StorageError",
@@ -71,6 +75,14 @@ class RunError(AnyfitError, RuntimeError):
 
 class NonFinite(RunError):
     """A loss or a weight became NaN or infinite."""
+
+
+class Refused(RunError):
+    """A site's guard does not let something out; what it was stays at the site."""
+
+
+class BudgetSpent(Refused):
+    """What is asked would pass a budget of privacy."""
 
 
 class StorageError(RunError):

@@ -23,7 +23,9 @@ from anyfit.errors import DataError, InputError, NonFinite, StateError
 from anyfit.load import load
 from anyfit.metrics import Metric
 from anyfit.prepare import Prepared, built, prepare
-from anyfit.record import compare, last_state, record_of, start_from, weights_file
+from anyfit.privacy import ExamplePrivacy, noise_for
+from anyfit.private import PrivateSteps, Spending, sampling_rate, units_of
+from anyfit.record import compare, forget_seed, keep_seed, last_state, record_of, secret_seed, start_from, weights_file
 from anyfit.run import Folder, Run, read_record
 from anyfit.schema import Schema
 from anyfit.state import Position, State, load_weights
@@ -71,21 +73,26 @@ def fit(
     resume: bool = False,
     weights: Any = None,
     weights_partial: bool = False,
+    privacy: ExamplePrivacy | None = None,
     on_event: OnEvent | None = None,
     **plan: Any,
 ) -> Run:
     """Train `task` on `data`; nothing is written unless `run` names a folder.
 
-    `validation`, `test`: a fraction of the rows, or a source. `weights`: a run or a .safetensors file to start from. `plan`: any
-    field of `Plan`. `on_event` gets each event as JSON values, in this order: step, evaluate, stop, checkpoint; if it returns
-    "stop", training ends after that step.
+    `validation`, `test`: a fraction of the rows, or a source. `weights`: a run or a .safetensors file to start from.
+    `privacy`: differentially private steps, `batch_size` being the expected number of its units. `plan`: any field of `Plan`.
+    `on_event` gets each event as JSON values, in this order: step, evaluate, stop, checkpoint; if it returns "stop", training ends
+    after that step.
     """
     folder = None if run is None else Folder(Path(run), resume=resume)
     try:
         with machine.own_random(), machine.steady_memory():
-            prepared = prepare(task, data, target=target, validation=validation, test=test, plan=plan)
+            unit = None if privacy is None else privacy.unit
+            prepared = prepare(task, data, target=target, validation=validation, test=test, plan=plan, unit=unit)
+            if privacy is not None:
+                prepared = _drawn(prepared, plan)
             machine.seed_all(prepared.plan.seed)
-            fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume)
+            fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume, privacy=privacy)
             fitting.begin(weights, weights_partial)
             with signals() as caught:
                 fitting.loop(caught)
@@ -95,18 +102,33 @@ def fit(
             folder.close()
 
 
+def _drawn(prepared: Prepared, given: Mapping[str, Any]) -> Prepared:
+    """Without what a task's plan has by default and private steps cannot do; what the caller asked for is refused later."""
+    changes = {"bucket": False, "clip": None}
+    changes = {name: value for name, value in changes.items() if name not in given and getattr(prepared.plan, name) != value}
+    if not changes:
+        return prepared
+    notice = f"privacy draws rows by chance and clips each one's gradient, so the task's {' and '.join(changes)} is left out"
+    return replace(prepared, plan=prepared.plan.updated(**changes), notices=(*prepared.notices, notice))
+
+
 class _Fit:
     """One fit, from its beginning or its checkpoint to its result."""
 
-    def __init__(self, prepared: Prepared, folder: Folder | None, on_event: OnEvent, *, resume: bool) -> None:
+    def __init__(
+        self, prepared: Prepared, folder: Folder | None, on_event: OnEvent, *, resume: bool, privacy: ExamplePrivacy | None = None
+    ) -> None:
         self.prepared, self.folder, self.resume = prepared, folder, resume
         self._on_event, self.asked = on_event, False
         task, plan = prepared.task, prepared.plan
         self.batches = prepared.batches("train")
         self.validation = prepared.batches("validation") if "validation" in prepared.rows else None
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.spending = None if privacy is None else self._private(privacy)
         self.total = self._total_steps(plan)
         model = built(task, prepared.schema)
-        self.trainer = engine.make_trainer(task, model, plan, self.total, prepared.device)
+        private = None if self.spending is None else self.spending.steps
+        self.trainer = engine.make_trainer(task, model, plan, self.total, prepared.device, private=private)
         self.fresh_groups = {
             name: [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             for name, optimizer in self.trainer.optimizers.items()
@@ -128,15 +150,35 @@ class _Fit:
     def _total_steps(self, plan: Plan) -> int:
         if plan.steps is not None:
             return plan.steps
-        if self.batches.steps_per_epoch is None:
+        if self.steps_per_epoch is None:
             raise InputError("epochs cannot be counted on a stream without length; pass steps=...")
         assert plan.epochs is not None
-        return plan.epochs * self.batches.steps_per_epoch
+        return plan.epochs * self.steps_per_epoch
+
+    def _private(self, privacy: ExamplePrivacy) -> Spending:
+        """Who is protected, how often each one is drawn, and how much noise the budget takes; a resume keeps the noise that it began with."""
+        rows = self.prepared.rows["train"]
+        units = None if privacy.unit is None else units_of(rows, privacy.unit)
+        count = data.num_rows(rows) if units is None else int(units.max()) + 1
+        if count is None:
+            raise DataError("privacy needs rows that can be counted and drawn; a stream has neither")
+        rate = sampling_rate(self.prepared.plan.batch_size, count)
+        self.steps_per_epoch = max(1, round(1 / rate))
+        before = (self.folder.record() if self.folder is not None else None) or {}
+        noise = privacy.noise_multiplier
+        if noise is None:
+            assert privacy.epsilon is not None
+            noise = (before.get("privacy") or {}).get("noise_multiplier")
+            noise = noise_for(privacy.epsilon, privacy.delta, self._total_steps(self.prepared.plan), rate) if noise is None else noise
+        steps = PrivateSteps(clip=privacy.clip, noise_multiplier=noise, sampling_rate=rate, seed=secret_seed(self.folder), units=units)
+        return Spending(privacy, steps, count)
 
     def begin(self, weights: Any, partial: bool) -> None:
         """Fresh, from other weights, or from the last checkpoint."""
         record = record_of("fit", self.prepared.task, self.trainer.model, self.prepared.plan, self.prepared.schema, self.prepared.device)
         record["data"] = self.prepared.sources
+        if self.spending is not None:
+            record["privacy"] = self.spending.to_json()
         state = last_state(self.folder) if self.resume and self.folder is not None else None
         if state is None:
             if weights is not None:
@@ -159,6 +201,8 @@ class _Fit:
         self.record = record
         if self.folder is not None:
             self.folder.write_record(record)
+            if self.spending is not None:
+                keep_seed(self.folder, self.spending.steps.seed)
         for notice in (*self.prepared.notices, *self._notices()):
             self.emit({"event": "notice", "text": notice})
         self.emit(
@@ -166,7 +210,7 @@ class _Fit:
                 "event": "start",
                 "step": self.trainer.position.step,
                 "steps": self.total,
-                "steps_per_epoch": self.batches.steps_per_epoch,
+                "steps_per_epoch": self.steps_per_epoch,
                 "parameters": record["parameters"],
                 "device": str(self.prepared.device),
                 "rows": {split: source["rows"] for split, source in self.prepared.sources.items()},
@@ -174,7 +218,13 @@ class _Fit:
         )
 
     def _notices(self) -> Iterator[str]:
-        """What a user should know before it starts, from one look at a batch of the evaluation."""
+        """What a user should know before it starts, some of it from one look at a batch of the evaluation."""
+        if self.spending is not None:
+            yield (
+                f"privacy covers what the weights tell of {self.spending.asked.unit or 'row'}s that are trained on, and nothing else: statistics "
+                "that preprocessing is fitted with (means, categories, vocabularies), the loss in the log, all rows and figures of validation "
+                "and test, and what is chosen by them are not covered"
+            )
         task, schema = self.prepared.task, self.prepared.schema
         split = next((name for name in ("validation", "test") if name in self.prepared.rows), None)
         if split is None or isinstance(self.prepared.rows[split], DataLoader | IterableDataset | Stream):
@@ -228,10 +278,16 @@ class _Fit:
         self.trainer.use_rows(self.batches)
         for used, rows in self.trainer.rows_in_use:
             self.emit({"event": "notice", "text": f"{used} of {rows} word vectors are in use; only those are updated, to the same effect"})
+        allowed = None if self.spending is None else self.spending.allowed
+        if allowed is not None and allowed <= self.trainer.position.step < self.total:
+            self._spent(allowed)
+            return
         for event in engine.train(self.trainer, self.batches, self.total):
+            self._told()
             self.losses.events.append(event)
             step = event.position.step
-            last = step >= self.total
+            spent = allowed is not None and allowed <= step < self.total
+            last = spent or step >= self.total
             evaluates = self.validation is not None and (
                 last or (event.ends_epoch if plan.evaluate_every is None else step % plan.evaluate_every == 0)
             )
@@ -242,6 +298,8 @@ class _Fit:
                 self.stopped = "patience"
             elif caught:
                 self.stopped = "signal"
+            elif spent:
+                self._spent(step)
             elif last:
                 self.stopped = "finished"
             elif self.asked:
@@ -253,6 +311,20 @@ class _Fit:
                 self.logged += time.monotonic() - self.saved  # speed is that of steps
             if self.stopped is not None:
                 return
+
+    def _told(self) -> None:
+        """Notices of the private steps."""
+        if self.trainer.private is not None:
+            while self.trainer.private.notices:
+                self.emit({"event": "notice", "text": self.trainer.private.notices.pop(0)})
+
+    def _spent(self, steps: int) -> None:
+        assert self.spending is not None
+        self.stopped = "budget"
+        budget = f"epsilon={self.spending.asked.epsilon} at delta={self.spending.asked.delta}"
+        self.emit(
+            {"event": "notice", "text": f"the privacy budget ({budget}) pays for {steps} of {self.total} steps; training stops there"}
+        )
 
     def _line(self, event: Event, *, kept: bool = True) -> None:
         """Record and tell an event; one that a resume takes back is only told."""
@@ -268,9 +340,14 @@ class _Fit:
             return
         loss, logs = read
         line = {"event": "step", "step": event.position.step, "epoch": event.epoch, "loss": loss, "lr": self.trainer.learning_rate()}
+        if self.spending is not None:
+            line["epsilon"] = self.spending.epsilon(event.position.step)
         now, steps = time.monotonic(), event.position.step - self.logged_step
         if self.folder is not None:
-            rate = steps * getattr(self.batches, "step_size", 0) / max(now - self.logged, 1e-9)
+            rows = getattr(self.batches, "step_size", 0)
+            if self.spending is not None:
+                rows = self.spending.steps.sampling_rate * (self.batches.rows or 0)
+            rate = steps * rows / max(now - self.logged, 1e-9)
             self.folder.timing({"step": event.position.step, "seconds": now - self.logged, "samples_per_s": rate})
         self.logged, self.logged_step = now, event.position.step
         self._line({**line, "logs": logs} if logs else line)
@@ -359,8 +436,13 @@ class _Fit:
             "train": next(({"loss": line["loss"]} for line in reversed(self.history) if line["event"] == "step"), None),
             "splits": splits,
         }
+        if self.spending is not None:
+            steps = trainer.position.step
+            result["privacy"] = {"epsilon": self.spending.epsilon(steps), "delta": self.spending.asked.delta, "steps": steps}
         if self.folder is not None and self.stopped != "signal":
             self.folder.finish(result)
+            if self.spending is not None and self.stopped != "asked":
+                forget_seed(self.folder)
         return Run(
             prepared.task, trainer.model, state, self.record, self.history, result, None if self.folder is None else self.folder.path
         )

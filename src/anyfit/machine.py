@@ -41,9 +41,19 @@ def autocast(plan: Plan, device: torch.device) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision])
 
 
-def seed_all(seed: int) -> None:
-    """Seed torch, Python and numpy."""
-    torch.manual_seed(seed)
+def seed_all(seed: int, device: torch.device | None = None) -> None:
+    """Seed torch, Python and numpy. With a `device`, torch's generators of the CPU and of that alone: a hundred times faster where
+    torch knows CUDA.
+    """
+    if device is None:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

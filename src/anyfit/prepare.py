@@ -64,8 +64,10 @@ class Prepared:
         )
 
 
-def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, test: Any, plan: Mapping[str, Any]) -> Prepared:
-    """Read the data, split it, infer the schema and fit preprocessing on the training rows."""
+def prepare(
+    task: Task, origin: Any, *, target: str | None, validation: Any, test: Any, plan: Mapping[str, Any], unit: str | None = None
+) -> Prepared:
+    """Read the data, split it, infer the schema and fit preprocessing on the training rows. `unit`: a column that is no feature."""
     source, shuffle, notices = Source.of(origin, target), True, []
     collate: Callable[[Any], Any] = task.collate
     defaults = task.plan()
@@ -82,6 +84,8 @@ def prepare(task: Task, origin: Any, *, target: str | None, validation: Any, tes
     if final.epochs is None and final.steps is None:
         final = final.updated(epochs=10)
     rows = data.read_splits(source, validation, test, wants_validation=final.keeps_best)
+    if unit is not None:
+        source = dataclasses.replace(source, ignore=(*source.ignore, unit))
     count = data.num_rows(rows["train"])
     if "batch_size" not in plan and count is not None and final.batch_size is not None and 0 < count < final.batch_size:
         notices.append(f"there are {count} rows to train on, so a batch has {count} in place of {final.batch_size}")

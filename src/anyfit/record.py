@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -20,7 +22,7 @@ from anyfit.state import State, load_weights
 from anyfit.task import Task, task_code, task_values
 from anyfit.values import Plan, canonical, without_secrets
 
-__all__ = ["compare", "last_state", "record_of", "start_from", "weights_file"]
+__all__ = ["compare", "forget_seed", "keep_seed", "last_state", "record_of", "secret_seed", "start_from", "weights_file"]
 
 # A change of these on resume would train on other samples than the checkpoint's position means.
 ORDER = ("seed", "batch_size", "accumulate", "drop_last", "bucket", "dtype")
@@ -79,6 +81,11 @@ def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -
         old, new = before["data"].get(split), now["data"].get(split)
         if (old or {}).get("sha256") != (new or {}).get("sha256"):
             raise StateError(f"{where} has other {split} rows ({old} then, {new} now); resume with the same data, or start a new run")
+    if before.get("privacy") != now.get("privacy"):
+        raise StateError(
+            f"{where} was made with privacy={before.get('privacy')}, not {now.get('privacy')}; resume with the same privacy and batch_size, or "
+            "start a new run"
+        )
     changed = {
         name: [old.get(name), new.get(name)]
         for old, new in ((before["task"]["values"], now["task"]["values"]), (before["plan"], now["plan"]))
@@ -97,6 +104,38 @@ def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -
             "the same, or start a new run"
         )
     return changed
+
+
+SEED = "noise.seed"
+
+
+def secret_seed(folder: Folder | None) -> int:
+    """What the noise of private steps is made from: that of the run where it keeps one, else a fresh one."""
+    path = None if folder is None else folder.path / SEED
+    if path is None or not path.exists():
+        return secrets.randbits(128)
+    text = path.read_text(encoding="ascii", errors="replace")
+    if len(text) != 32 or set(text) - set("0123456789abcdef"):
+        raise StateError(f"{path} was altered; delete it to go on with fresh noise (as private, but not the same numbers)")
+    return int(text, 16)
+
+
+def keep_seed(folder: Folder, seed: int) -> None:
+    """Beside the run until it ends, for its owner alone: whoever has it can take the noise off."""
+    path, temporary = folder.path / SEED, folder.path / f"{SEED}.tmp"
+    if path.exists():
+        return
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{seed:032x}")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def forget_seed(folder: Folder) -> None:
+    """The run has ended, so nobody needs to make its noise again."""
+    (folder.path / SEED).unlink(missing_ok=True)
 
 
 def _loads(path: Path) -> bool:

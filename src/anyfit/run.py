@@ -49,7 +49,7 @@ class Run:
 
     @property
     def stopped(self) -> str:
-        """Why it ended: finished, patience or signal."""
+        """Why it ended: finished, patience, budget (of privacy), asked or signal."""
         return str(self.result.get("stopped", "unfinished"))
 
 

@@ -6,6 +6,7 @@ What is hashed, signed or compared goes through `canonical`, so that equal value
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -210,9 +211,10 @@ def _number(value: Any, hint: type[int] | type[float]) -> tuple[bool, Any]:
 def _sequence(value: Any, kind: type, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            parsed = json.loads(value)
         except ValueError:
-            value = [part for part in value.split(",") if part]
+            parsed = [part for part in value.split(",") if part]
+        value = parsed if isinstance(parsed, list) else [parsed]
     if not isinstance(value, list | tuple):
         return False, None
     if kind is tuple and arguments and arguments[-1] is not Ellipsis:  # tuple[int, str]: one annotation for each
@@ -234,6 +236,11 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(option) for option in typing.get_args(hint))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", File: "a path to a file"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+@functools.cache
+def _plan_hints() -> dict[str, Any]:
+    return typing.get_type_hints(Plan)  # two milliseconds, and a simulation makes a plan for each site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +273,7 @@ class Plan:
     checkpoint_every_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(Plan).items():
+        for name, hint in _plan_hints().items():
             object.__setattr__(self, name, coerce(name, getattr(self, name), hint))
         if self.epochs is not None and self.steps is not None:
             raise InputError(f"epochs (={self.epochs}) and steps (={self.steps}) exclude each other; give one")

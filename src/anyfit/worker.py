@@ -1,114 +1,550 @@
-"""A site's turn: an order comes in, an update goes out. The rows stay here."""
+"""A site's turn: an order comes in, an update goes out through the guard. The rows stay here, and so does what the site remembers.
+
+One worker serves one site at a pod, and thousands in a simulation: it has one model, which each turn sets to the order's weights.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
 import zlib
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anyfit import data, engine, machine
-from anyfit.data import Source
-from anyfit.errors import AnyfitError, DataError
+from anyfit.data import Batches, Partition, Rows, Source
+from anyfit.engine import Losses, Trainer, train
+from anyfit.errors import AnyfitError, BudgetSpent, DataError, InputError, TaskError
+from anyfit.guard import LOSS, WEIGHTS, Guard, Shapes
+from anyfit.metrics import DEFAULTS
 from anyfit.prepare import Prepared, built, infer, statistics
+from anyfit.privacy import ExamplePrivacy, noise_for
+from anyfit.private import PrivateSteps, Spending, sampling_rate, units_of
 from anyfit.schema import Schema
-from anyfit.state import Position
-from anyfit.strategy import Strategy, local_steps
+from anyfit.state import Position, State
+from anyfit.strategy import Strategy
 from anyfit.task import Task
-from anyfit.update import WIDE, Order, Reply, Update
+from anyfit.tree import clone, leaves
+from anyfit.update import FINE, GRADIENTS, WIDE, Layout, Order, Reply, Update
 from anyfit.values import Plan
 
-__all__ = ["Worker"]
+__all__ = ["Memories", "Turn", "Worker", "exchanged", "local_steps"]
+
+HELD_BYTES = 4 << 30  # of sites' rows and batches that stay in memory between their turns
+Correct = Callable[[list[Tensor], list[int]], None]
+
+
+class Memories:
+    """What stays at each site between its turns: a file for each site and round, or in RAM where no folder is given.
+
+    A round's memory counts once the round is committed: after a kill the older one is still there. On disk, what goes with the last
+    but one checkpoint stays too.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._held: dict[str, dict[int, Any]] = {}
+        self._touched: set[str] = set()
+        for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
+            name, round, _ = path.name.rsplit(".", 2)
+            self._held.setdefault(unquote(name), {})[int(round)] = None
+        self._touched = {site for site, versions in self._held.items() if len(versions) > 1}
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether they outlive the process."""
+        return self._folder is not None
+
+    def _path(self, site: str, round: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{quote(site, safe='')}.{round:07d}.safetensors"
+
+    def read(self, site: str, round: int) -> dict[str, Any]:
+        """As it was before `round`."""
+        known = [at for at in self._held[site] if at < round] if site in self._held else None
+        if not known:
+            return {}
+        if self._folder is None:
+            found: dict[str, Any] = clone(self._held[site][max(known)])
+            return found
+        return dict(State.load(self._path(site, max(known))).extras["memory"])
+
+    def write(self, site: str, round: int, memory: Mapping[str, Any]) -> None:
+        """After a turn of `round`."""
+        if self._folder is None:
+            self._held.setdefault(site, {})[round] = clone(dict(memory))
+        else:
+            State(extras={"memory": dict(memory)}).save(self._path(site, round))
+            self._held.setdefault(site, {})[round] = None
+        self._touched.add(site)
+
+    def settle(self, round: int, counted: Collection[str]) -> None:
+        """What sites whose answer did not count learnt in `round` goes; what it cost their privacy stays."""
+        for site in [site for site in self._touched if site not in counted and round in self._held[site]]:
+            spent = self.read(site, round + 1).get("spent")
+            self._forget(site, round)
+            if spent is not None:
+                self.write(site, round, {**self.read(site, round), "spent": spent})
+
+    def commit(self, rounds: Collection[int]) -> None:
+        """Keep what it was after each of `rounds`, the last one included; nobody goes back to others."""
+        for site in self._touched:
+            versions = self._held[site]
+            kept = {max((at for at in versions if at <= round), default=-1) for round in rounds}
+            for at in [at for at in versions if at not in kept]:
+                self._forget(site, at)
+        self._touched = {site for site in self._touched if len(self._held[site]) > 1}
+
+    def cut(self, round: int) -> None:
+        """What came after `round` never happened."""
+        for path in self._folder.glob(".*.tmp") if self._folder is not None else ():  # of a write that was killed
+            path.unlink(missing_ok=True)
+        for site, versions in self._held.items():
+            for at in [at for at in versions if at > round]:
+                self._forget(site, at)
+
+    def _forget(self, site: str, round: int) -> None:
+        del self._held[site][round]
+        if self._folder is not None:
+            self._path(site, round).unlink(missing_ok=True)
+
+
+@dataclass
+class Site:
+    """One party's rows by split, and the batches made of them."""
+
+    name: str
+    parts: dict[str, Rows]
+    rows: int  # to train on
+    batches: dict[str, Batches] = field(default_factory=dict)
+    size: int = 0
+    private: Spending | None = None  # where each example is protected
 
 
 class Worker:
-    """One site: its rows, and one model that each order resets."""
+    """Serves orders for some sites with one resident model. `options` (JSON) are those of the federation."""
 
-    def __init__(self, site: str, task: Task, source: Source, plan: Plan, strategy: Strategy) -> None:
-        self.site, self.task, self.plan, self.strategy = site, task, plan, strategy
-        parts = source.read()
-        self.rows = parts["train"]
-        if data.num_rows(self.rows) == 0:
-            raise DataError(f"site {site!r} has no rows")
-        self._source, self._memory = source, None
-        self._schema: Schema | None = None
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        strategy: Strategy,
+        sites: Mapping[str, Source],
+        *,
+        guard: Guard | None = None,
+        memories: Memories | None = None,
+        validation: Any = None,
+        test: Any = None,
+        privacy: ExamplePrivacy | None = None,
+        secret: int = 0,
+        schema: Schema | None = None,
+    ) -> None:
+        if privacy is not None:  # each row is clipped, and each is looked at alone
+            plan = plan.updated(bucket=False, clip=None)
+        self.task, self.plan, self.strategy, self.sources = task, plan, strategy, sites
+        self.guard, self.memories, self.privacy = guard or Guard(), memories or Memories(None), privacy
+        self.device = machine.pick_device(plan.device)
+        self._validation, self._test, self._secret, self._known_schema = validation, test, secret, schema
+        self._held: OrderedDict[str, Site] = OrderedDict()
+        self._held_bytes = 0
+        self._reader, self._coming = ThreadPoolExecutor(1), dict[str, Future[Site]]()
+        self._handlers: dict[str, Callable[[str, Order], tuple[Update | None, int, dict[str, Any]]]] = {
+            "describe": self._describe,
+            "prepare": self._prepare,
+            "join": self._join,
+            "train": self._train,
+            "evaluate": self._evaluate,
+        }
+        self._seeds: dict[str, int] = {}
+        self._order: tuple[Order, Tensor] | None = None
+        self._joined = False
+        self._classes: dict[str, dict[str, int]] | None = None
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that this site trains on."""
-        return data.num_rows(self.rows) or 0
+    # ------------------------------------------------------------------ rows
 
-    @property
-    def source_name(self) -> str:
-        """Where the rows come from, for records."""
-        return self._source.name
+    def site(self, name: str) -> Site:
+        """A site's rows; those of sites that were not asked for long go first when memory runs short."""
+        if name in self._held:
+            self._held.move_to_end(name)
+            return self._held[name]
+        site = self._held[name] = self._coming.pop(name).result() if name in self._coming else self._read(name)
+        self._held_bytes += site.size
+        while self._held_bytes > HELD_BYTES and len(self._held) > 1:
+            _, gone = self._held.popitem(last=False)
+            self._held_bytes -= gone.size
+        return site
 
-    def base_schema(self) -> Schema:
-        """Names and types of this site's columns, from its own rows."""
-        return infer(self._source, self.rows)
+    def _read(self, name: str) -> Site:
+        wants = self.plan.keeps_best and self._validation is None
+        parts = _split(self.sources[name], self._validation, self._test, wants)
+        rows = data.num_rows(parts["train"])
+        if not rows:
+            raise DataError(f"site {name!r} has no rows")
+        return Site(name, parts, rows, size=2 * sum(_bytes(part) for part in parts.values()))
 
-    def answer(self, order: Order) -> Reply:
-        """Do what the order says; a failure becomes a reply that says why."""
+    def read_ahead(self, name: str) -> None:
+        """Begin to read the rows of the site whose turn comes next, beside the turn that is now."""
+        if name not in self._held and name not in self._coming:
+            self._coming[name] = self._reader.submit(self._read, name)
+
+    def _batches(self, site: Site, split: str) -> Batches:
+        if split not in site.batches:
+            plan = self.plan.updated(seed=self._seed(site.name), device=str(self.device))
+            if plan.batch_size is not None and plan.batch_size > site.rows:
+                plan = plan.updated(batch_size=None)  # a site smaller than a batch trains on all its rows at once
+            prepared = Prepared(self.task, plan, self.device, self.schema, site.parts, {}, self.task.collate)
+            site.batches[split] = prepared.batches(split)
+        return site.batches[split]
+
+    def _seed(self, site: str) -> int:
+        """Of one site: sites must neither shuffle nor drop out alike."""
+        if site not in self._seeds:
+            self._seeds[site] = data.mix_seed(self.plan.seed, zlib.crc32(site.encode()))
+        return self._seeds[site]
+
+    def weights(self, order: Order) -> Tensor:
+        """(P,) an order's weights on the device; one order serves many sites."""
+        if self._order is None or self._order[0] is not order:
+            self._order = (order, order.tensors[WEIGHTS].to(self.device, self.layout.dtype))
+        return self._order[1]
+
+    def private(self, site: Site, values: Mapping[str, Any]) -> Spending | None:
+        """How the examples of a site are protected, and what that costs it."""
+        if self.privacy is None or site.private is not None:
+            return site.private
+        units = None if self.privacy.unit is None else units_of(site.parts["train"], self.privacy.unit)
+        count = site.rows if units is None else int(units.max()) + 1
+        rate = sampling_rate(None if self.plan.batch_size is None else min(self.plan.batch_size, count), count)
+        noise = self.privacy.noise_multiplier
+        if noise is None:
+            assert self.privacy.epsilon is not None
+            steps = int(values["rounds"]) * local_steps(values, max(1, round(1 / rate)))
+            noise = noise_for(self.privacy.epsilon, self.privacy.delta, steps, rate)
+        secret = self._secret_of(site.name)
+        private = PrivateSteps(clip=self.privacy.clip, noise_multiplier=noise, sampling_rate=rate, seed=secret, units=units)
+        site.private = Spending(self.privacy, private, count)
+        return site.private
+
+    def _secret_of(self, site: str) -> int:
+        return (self._secret << 64) | self._seed(site)
+
+    # ---------------------------------------------------------------- orders
+
+    def answer(self, name: str, order: Order) -> Reply:
+        """Do what the order says for one site; a failure becomes a reply that says why."""
         begun = time.monotonic()
         try:
-            update = {"prepare": self._prepare, "train": self._train, "evaluate": self._evaluate}[order.kind](order)
-            return Reply(self.site, update, seconds=time.monotonic() - begun)
+            update, size, values = self._handlers[order.kind](name, order)
+            return Reply(name, update, seconds=time.monotonic() - begun, values=values, size=size)
         except AnyfitError as error:
-            return Reply(self.site, error=str(error), seconds=time.monotonic() - begun)
+            values = {"budget": True} if isinstance(error, BudgetSpent) else {}
+            return Reply(name, error=str(error), seconds=time.monotonic() - begun, values=values, cause=error)
+        except Exception as error:  # noqa: BLE001 - code of a task or strategy: what fails at one site is that site's failure
+            return Reply(name, error=f"{type(error).__name__}: {error}", seconds=time.monotonic() - begun, cause=error)
 
-    def _seed(self, order: Order) -> int:
-        """Of this site: sites must neither shuffle nor drop out alike."""
-        return data.mix_seed(order.seed, zlib.crc32(self.site.encode()))
+    def _release(
+        self, name: str, order: Order, update: Update, rows: int, shapes: Shapes | None, memory: Any, metrics: Collection[str] = ()
+    ) -> tuple[Update, int]:
+        return self.guard.release(order, update, rows=rows, shapes=shapes, seed=self._secret_of(name), memory=memory, metrics=metrics)
 
-    def _prepare(self, order: Order) -> Update:
+    def _describe(self, name: str, order: Order) -> tuple[None, int, dict[str, Any]]:
+        """Names and types of the site's columns; its rows by split, and their hash, by which a resume knows them."""
+        site = self.site(name)
+        schema = infer(self.sources[name], site.parts["train"]) if self._known_schema is None else self._known_schema
+        absent = [column.name for column in schema.columns if _all_missing(site.parts["train"], column.name)]
+        about = {split: {"rows": data.num_rows(rows), "sha256": data.fingerprint(rows)} for split, rows in site.parts.items()}
+        loose = not isinstance(site.parts["train"], pa.Table | data.Blocks | tuple | Mapping)
+        return None, 0, {"schema": schema.to_json(), "absent": absent, "loose": loose, "source": self.sources[name].name, "splits": about}
+
+    def _prepare(self, name: str, order: Order) -> tuple[Update, int, dict[str, Any]]:
         """The additive statistics of this site's rows under the schema that all sites agreed on."""
-        total = statistics(self.task, self.rows, Schema.from_json(order.values["schema"]))
-        return Update.of("rows", {}, float(self.num_rows), WIDE) if total is None else total
+        site = self.site(name)
+        total = statistics(self.task, site.parts["train"], Schema.from_json(order.values["schema"]))
+        update = Update.of("rows", {}, float(site.rows), WIDE) if total is None else total
+        return *self._release(name, order, update, site.rows, None, {}), {}
 
-    def _set_up(self, order: Order) -> engine.Trainer:
-        """The model and its batches, made once; weights come with each order, the optimizer starts anew."""
-        schema = Schema.from_json(order.values["schema"])
-        if self._schema != schema:
-            self._schema = schema
-            plan = self.plan.updated(seed=self._seed(order))
-            if plan.batch_size is not None and plan.batch_size > self.num_rows:
-                plan = plan.updated(batch_size=None)  # a site smaller than a batch trains on all its rows at once
-            prepared = Prepared(self.task, plan, machine.pick_device(plan.device), schema, {"train": self.rows}, {}, self.task.collate)
-            self.batches = prepared.batches("train")
-            machine.seed_all(self.plan.seed)  # what is not exchanged (frozen weights) must be the same everywhere
-            self._model = built(self.task, schema)
-        total = int(order.values["rounds"]) * local_steps(order, self.batches)
-        trainer = engine.make_trainer(self.task, self._model, self.plan, total, machine.pick_device(self.plan.device))
-        _set_weights(trainer, order.tensors)
-        return trainer
+    def _join(self, name: str, order: Order) -> tuple[None, int, dict[str, Any]]:
+        """Take the fitted schema and the frozen tensors; say what this site's model exchanges and holds fixed, as hashes."""
+        if not self._joined:
+            self.schema = Schema.from_json(order.values["schema"])
+            machine.seed_all(self.plan.seed)
+            self.model = built(self.task, self.schema).to(device=self.device, dtype=getattr(torch, self.plan.dtype))
+            shared, frozen = exchanged(self.task, self.model, self.strategy, str(order.values["batch_statistics"]))
+            self.layout, self.shared = Layout.of(shared), list(shared.values())
+            self.shapes = self.strategy.sends(self.layout)
+            with torch.no_grad():
+                for key, tensor in frozen.items():
+                    if key in order.tensors and order.tensors[key].shape == tensor.shape:
+                        tensor.copy_(order.tensors[key])
+            named = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+            own = {key: tensor for key, tensor in named.items() if key not in shared and key not in frozen}
+            self.own, self.first = own, {key: tensor.detach().clone() for key, tensor in own.items()}
+            self._hashes = {"frozen": hash_of(frozen), "layout": self.layout.hash()}
+            self._joined = True
+        sources = self.sources
+        rows = sources.rows_of(name) if isinstance(sources, Partition) else self.site(name).rows
+        notes = {"notes": ["one class only"]} if self._one_class(name) else {}
+        return None, 0, {**self._hashes, "rows": rows, **notes}
 
-    def _train(self, order: Order) -> Update:
-        trainer = self._set_up(order)
-        machine.seed_all(data.mix_seed(self._seed(order), order.round))
-        done = (order.round - 1) * local_steps(order, self.batches)
-        per_epoch = self.batches.steps_per_epoch or 1
-        trainer.position = Position(done, done // per_epoch, done % per_epoch)
-        for schedule in trainer.schedules.values():  # the rate goes on over the whole federation
-            schedule.skip({"step": done, "epoch": done // per_epoch, "evaluation": 0}[schedule.every])
-        update, self._memory = self.strategy.local(trainer, order, self.batches, self._memory)
-        return update
+    def _one_class(self, name: str) -> bool:
+        """Whether all rows of a site are of one class."""
+        if self.schema.classes is None or len(self.schema.targets) != 1:
+            return False
+        if isinstance(self.sources, Partition):
+            if self._classes is None:
+                self._classes = self.sources.counts() if self.sources.labels is not None else {}
+            return sum(rows > 0 for rows in self._classes.get(name, {}).values()) == 1
+        rows, target = self.site(name).parts["train"], self.schema.targets[0]
+        if isinstance(rows, pa.Table):
+            return target in rows.column_names and not self.schema[target].multiple and len(pc.unique(rows[target])) == 1
+        labels = rows.get(target) if isinstance(rows, Mapping) else rows[-1] if isinstance(rows, tuple) else None
+        return isinstance(labels, Tensor) and bool((labels == labels.flatten()[0]).all())
 
-    def _evaluate(self, order: Order) -> Update:
-        trainer = self._set_up(order)
+    def _train(self, name: str, order: Order) -> tuple[Update, int, dict[str, Any]]:
+        memory = self.memories.read(name, order.round)
+        turn = Turn(self, name, order, memory)
+        update = self.strategy.local(turn)
+        released, size = self._release(name, order, update, turn.true_rows, self.shapes, memory)
+        if memory:
+            self.memories.write(name, order.round, memory)
+        return released, size, turn.values()
+
+    def _evaluate(self, name: str, order: Order) -> tuple[Update, int, dict[str, Any]]:
+        site, split = self.site(name), str(order.values["split"])
+        if split not in site.parts:
+            return Update(), 0, {}
+        self.place(order.tensors[WEIGHTS], self.memories.read(name, order.round + 1))
+        rows = data.num_rows(site.parts[split]) or 0
         total = Update()
-        for name, sums in engine.totals(self.task, trainer.model, self.batches, trainer.autocast()).sums().items():
-            total = total.joined(Update.of(f"metric:{name}", sums, float(self.num_rows), WIDE))
-        return total
+        sums = engine.totals(self.task, self.model, self._batches(site, split), machine.autocast(self.plan, self.device)).sums()
+        for metric, parts in sums.items():
+            total = total.joined(Update.of(f"metric:{metric}", parts, float(rows), WIDE))
+        named = self.task.metrics(self.schema)
+        return *self._release(name, order, total, rows, None, {}, ("loss", *(DEFAULTS if named is None else named))), {}
+
+    def place(self, weights: Tensor, memory: Mapping[str, Any]) -> None:
+        """Set the model to an order's weights, and what a site keeps to itself to what it was there."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.shared, self.layout.views(weights))
+            if self.own:
+                kept = memory.get("own", {})
+                for key, tensor in self.own.items():
+                    tensor.copy_(kept.get(key, self.first[key]))
 
 
-def _set_weights(trainer: engine.Trainer, tensors: Mapping[str, Tensor]) -> None:
-    named = {**dict(trainer.model.named_parameters()), **dict(trainer.model.named_buffers())}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name not in named or named[name].shape != tensor.shape:
-                raise DataError(
-                    f"the order holds {name} {tuple(tensor.shape)}, which this site's model has not; all sites must run the same task"
-                )
-            named[name].copy_(tensor)
+class Turn:
+    """One order at one site: what the site's half of a strategy may use.
+
+    `weights` (P,) are the order's, `tensors` what `begin` sent beside them, `shared` the live tensors of the model that the vector
+    stands for, `start` the same as they came, `memory` a dict that stays at this site.
+    """
+
+    def __init__(self, worker: Worker, name: str, order: Order, memory: dict[str, Any]) -> None:
+        self._worker, self.name, self.order, self.memory = worker, name, order, memory
+        self.tensors, self.layout, self.shared, self.task = order.tensors, worker.layout, worker.shared, worker.task
+        self.weights = worker.weights(order)
+        self.steps, self.loss = 0, None
+        self.momentum = 0.0
+        self.epsilon: float | None = None  # spent at this site, where each example is protected
+        self._placed = False
+
+    steps: int  # that `train` took
+    loss: float | None  # their mean
+    trainer: Trainer  # of `train`
+
+    @property
+    def true_rows(self) -> int:
+        """Rows to train on, from the site's own table."""
+        return self._worker.site(self.name).rows
+
+    @property
+    def rows(self) -> float:
+        """What this site's update counts for."""
+        return float(self.true_rows)
+
+    @property
+    def start(self) -> list[Tensor]:
+        """The order's weights in the shapes of `shared`."""
+        return self.layout.views(self.weights)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model at the order's weights."""
+        if not self._placed:
+            self._worker.place(self.weights, self.memory)
+            self._placed = True
+        return self._worker.model
+
+    @property
+    def batches(self) -> Batches:
+        """The site's training rows."""
+        worker = self._worker
+        return worker._batches(worker.site(self.name), "train")
+
+    def train(self, correct: Correct | None = None) -> Tensor:
+        """The local work that the order asks for, from its weights; the change (P,). `correct(gradients, places)` may alter the
+        gradients of each step in place; `places` are their indices in `shared`.
+        """
+        worker, order, values = self._worker, self.order, self.order.values
+        batches, seconds = self.batches, values.get("seconds")
+        site_seed = data.mix_seed(worker._seed(self.name), order.round)
+        machine.seed_all(site_seed, worker.device)
+        private = worker.private(worker.site(self.name), values)
+        per_epoch = batches.steps_per_epoch if private is None else private.steps.steps_per_epoch
+        steps = None if seconds is not None else local_steps(values, per_epoch)
+        if private is not None:
+            self._spend(private, steps)
+        total = int(values["rounds"]) * (steps or 1)
+        model = self.model
+        options: dict[str, Any] = {} if private is None else {"private": private.steps}
+        trainer = self.trainer = engine.make_trainer(worker.task, model, worker.plan, total, worker.device, **options)
+        self._position(trainer, per_epoch or 1, steps)
+        if correct is not None:
+            places = {id(tensor): place for place, tensor in enumerate(self.shared)}
+            trainer.correct = _correction(trainer, places, correct)
+        if values.get("keep_optimizer") and "optimizers" in self.memory:
+            for key, optimizer in trainer.optimizers.items():
+                optimizer.load_state_dict(clone(self.memory["optimizers"][key]))
+        losses, until = Losses(), float("inf") if seconds is None else time.monotonic() + float(seconds)
+        start = trainer.position.step
+        for event in train(trainer, batches, start + steps if steps is not None else 1 << 62):
+            losses.events.append(event)
+            if time.monotonic() >= until:
+                break
+        self.steps = trainer.position.step - start
+        read = losses.read()
+        self.loss = None if read is None else read[0]
+        groups = next(iter(trainer.optimizers.values())).param_groups
+        self.momentum = float(groups[0].get("momentum", 0.0))
+        if values.get("keep_optimizer"):
+            self.memory["optimizers"] = {key: clone(optimizer.state_dict()) for key, optimizer in trainer.optimizers.items()}
+        self._keep_own()
+        return self.layout.flat(self.shared).sub_(self.weights)
+
+    def _spend(self, private: Spending, steps: int | None) -> None:
+        """Count the steps of this turn before they are taken; refuse what would pass the budget."""
+        if steps is None:
+            raise InputError("privacy of examples counts steps; give local work by epochs or steps, not seconds")
+        spent = int(self.memory.get("spent", 0)) + steps
+        if private.allowed is not None and spent > private.allowed:
+            raise BudgetSpent(
+                f"{steps} more steps would pass the budget of this site (epsilon={private.asked.epsilon}, which {private.allowed} steps use up)"
+            )
+        self.memory["spent"], self.epsilon = spent, private.epsilon(spent)
+
+    def _position(self, trainer: Trainer, per_epoch: int, steps: int | None) -> None:
+        """Where this turn stands in the whole federation: the order of rows and the learning rate go on from there."""
+        done = (self.order.round - 1) * (steps or 1)
+        trainer.position = Position(done, done // per_epoch, done % per_epoch)
+        for schedule in trainer.schedules.values():
+            schedule.skip({"step": done, "epoch": done // per_epoch, "evaluation": 0}[schedule.every])
+        if steps is None:  # nobody knows how many steps there will be: rounds are what the rate goes by
+            trainer.schedules = {}
+
+    def _keep_own(self) -> None:
+        """What the site keeps to itself, where it has changed."""
+        changed = {key: tensor for key, tensor in self._worker.own.items() if not torch.equal(tensor, self._worker.first[key])}
+        if changed:
+            self.memory["own"] = {key: tensor.detach().cpu().clone() for key, tensor in changed.items()}
+
+    def update(self, change: Tensor, count: float | None = None) -> Update:
+        """An update of the change (P,), counted by the site's rows, with the loss of this turn."""
+        count = self.rows if count is None else count
+        update = Update.of(WEIGHTS, {WEIGHTS: change * count}, count, GRADIENTS if self.order.values.get("wide") else FINE)
+        if self.loss is None or self._worker.privacy is not None or self._worker.guard.privacy is not None:
+            return update  # a loss is not covered by any noise
+        return update.joined(Update.of(LOSS, {LOSS: torch.tensor(self.loss * count, dtype=torch.float64)}, count, WIDE))
+
+    def values(self) -> dict[str, Any]:
+        """What is told of this turn beside the update."""
+        return {} if self.epsilon is None else {"epsilon": self.epsilon}
+
+
+def _correction(trainer: Trainer, places: Mapping[int, int], correct: Correct) -> Callable[[Sequence[Tensor], float], None]:
+    """The engine's hook for a strategy's: gradients by their place in the vector."""
+    parameters = [(parameter, places[id(parameter)]) for parameter in trainer.model.parameters() if id(parameter) in places]
+
+    def hook(gradients: Sequence[Tensor], lr: float) -> None:
+        owners = {id(parameter.grad): place for parameter, place in parameters if parameter.grad is not None}
+        found = [(gradient, owners[id(gradient)]) for gradient in gradients if id(gradient) in owners]
+        if found:
+            correct([gradient for gradient, _ in found], [place for _, place in found])
+
+    return hook
+
+
+def local_steps(values: Mapping[str, Any], per_epoch: int | None) -> int:
+    """Optimizer steps of one round at a site: so many, or so many epochs over its rows."""
+    if values.get("steps") is not None:
+        return int(values["steps"])
+    if per_epoch is None:
+        raise InputError("epochs cannot be counted on a stream without length; pass steps=...")
+    return int(values.get("epochs") or 1) * per_epoch
+
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def exchanged(task: Task, model: nn.Module, strategy: Strategy, batch_statistics: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """-> the tensors that sites exchange, and those that nobody changes. What is in neither stays at each site."""
+    home = strategy.stays(model)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    kept = [name for name, _ in named if name.endswith(STATISTICS) and name not in home]
+    kept = [name for name in kept if not task.shared(name, dict(named)[name])]
+    if kept and batch_statistics == "refuse":
+        raise TaskError(
+            f"the model keeps batch statistics ({kept[0]}), which sites exchange only if told to; pass batch_statistics='aggregate' or "
+            "'local' (they stay at each site), or use a layer without (GroupNorm, LayerNorm)"
+        )
+    travels = set(kept) if batch_statistics == "aggregate" else set()
+    shared = {name: tensor for name, tensor in named if name not in home and (task.shared(name, tensor) or name in travels)}
+    if not shared:
+        raise TaskError(f"shared() of {type(task).__name__} leaves nothing to exchange; let at least one parameter through")
+    odd = next((name for name, tensor in shared.items() if not tensor.is_floating_point()), None)
+    if odd is not None:
+        raise InputError(
+            f"shared() of {type(task).__name__} lets {odd} ({shared[odd].dtype}) through, which has no mean; keep it at the site"
+        )
+    parameters = dict(model.named_parameters())
+    frozen: dict[str, Tensor] = {
+        name: tensor for name, tensor in parameters.items() if name not in shared and name not in home and not tensor.requires_grad
+    }
+    return shared, frozen
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _split(source: Source, validation: Any, test: Any, wants: bool) -> dict[str, Rows]:
+    """Every site splits by the same rule; one that has too few rows for a part goes without it."""
+    parts = data.read_splits(source, None, None, wants_validation=False)
+    for name, given in (("test", test), ("validation", 0.1 if wants and "validation" not in parts else validation)):
+        if given is not None and (data.num_rows(parts["train"]) or 0) > 1:
+            parts["train"], parts[name] = data.take_fraction(parts["train"], float(given), group=source.group, salt=name)
+    return parts
+
+
+def _bytes(rows: Rows) -> int:
+    if isinstance(rows, pa.Table):
+        return int(rows.nbytes)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(rows)) if isinstance(rows, tuple | Mapping) else 0
+
+
+def _all_missing(rows: Rows, column: str) -> bool:
+    return isinstance(rows, pa.Table) and column in rows.column_names and rows[column].null_count == rows.num_rows

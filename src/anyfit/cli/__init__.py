@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from anyfit.cli import data as data_commands
+from anyfit.cli import federated
 from anyfit.cli.options import (
     BatchSize,
     DataPath,
@@ -37,12 +38,18 @@ from anyfit.cli.options import (
     Test,
     Types,
     Validation,
-    pairs,
+    Weights,
+    finish,
+    fraction_or_name,
     print_result,
+    privacy_of,
+    recorded,
+    run_folder,
     source_of,
+    task_and_plan,
 )
 from anyfit.cli.progress import Progress, print_table
-from anyfit.errors import AnyfitError, InputError
+from anyfit.errors import AnyfitError
 
 __all__ = ["app", "main"]
 
@@ -79,8 +86,16 @@ def fit(
     set: Sets = None,
     run: RunOption = None,
     resume: Resume = False,
-    weights: Annotated[Path | None, typer.Option("--weights", help="A run or a .safetensors file to start from.")] = None,
+    weights: Weights = None,
     weights_partial: Annotated[bool, typer.Option("--weights-partial", help="Copy what overlaps and list the rest.")] = False,
+    privacy: Annotated[
+        str | None,
+        typer.Option(
+            "--privacy",
+            metavar="example:FIELD=VALUE,...",
+            help="Differentially private steps: example:epsilon=8,delta=1e-5[,clip=1][,unit=COLUMN].",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the trained weights to a .safetensors file.")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -91,19 +106,21 @@ def fit(
     from anyfit.state import save_weights
 
     given = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
-    folder = _folder(run, task, resume)
-    loaded, plan = _task_and_plan(task, set, given, folder if resume else None)
+    folder = run_folder(run, task, resume)
+    before = recorded(folder) if resume else {}
+    loaded, plan = task_and_plan(task, set, given, before)
     rows = source_of(data, target, group=group, split=split, ignore=ignore, types=type, fields=source)
     with Progress(quiet) as progress:
         done = train(
             loaded,
             rows,
-            validation=_fraction(validation),
-            test=_fraction(test),
+            validation=fraction_or_name(validation),
+            test=fraction_or_name(test),
             run=folder,
             resume=resume,
             weights=weights,
             weights_partial=weights_partial,
+            privacy=privacy_of(privacy, ("example",), before.get("privacy")),
             on_event=progress,
             **plan,
         )
@@ -111,7 +128,7 @@ def fit(
         typer.echo(f"not copied: {item}", err=True)
     if out is not None and done.stopped != "signal":
         save_weights(out, done.model.state_dict())
-    _finish(done, json, {"report": str(write_report(folder)), **({"out": str(out)} if out else {})})
+    finish(done, json, {"report": str(write_report(folder)), **({"out": str(out)} if out else {})})
 
 
 @app.command()
@@ -157,7 +174,7 @@ def check(
     """Prove on one batch that a task fits its data and that its counts are right."""
     from anyfit.check import check as examine
 
-    loaded, plan = _task_and_plan(task, set, {"batch_size": batch_size}, None)
+    loaded, plan = task_and_plan(task, set, {"batch_size": batch_size}, {})
     seen = examine(loaded, source_of(data, target, ignore=ignore, types=type, fields=source), **plan)
 
     def show() -> None:
@@ -171,41 +188,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def federate(
-    task: TaskName,
-    site: Annotated[list[str], typer.Option("--site", metavar="[NAME=]FILE", help="A site's data. Repeat it for each site.")],
-    rounds: Annotated[int, typer.Option("--rounds", help="How often sites train and their updates are added.")],
-    target: Target = None,
-    test: Annotated[str | None, typer.Option("--test", help="A file to test on after each round.")] = None,
-    ignore: Ignore = None,
-    type: Types = None,
-    source: SourceFields = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Local passes of each round (default: 1).")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Local steps of each round, in place of epochs.")] = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    set: Sets = None,
-    run: RunOption = None,
-    resume: Resume = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train one task over sites that keep their rows (in this process)."""
-    from anyfit.federate import federate as train
-    from anyfit.report import write_report
-
-    given = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
-    folder = _folder(run, task, resume)
-    loaded, plan = _task_and_plan(task, set, given, folder if resume else None)
-    columns = source_of("", target, ignore=ignore, types=type, fields=source)
-    sites = {name: replace(columns, origin=path) for name, path in _sites(site).items()}
-    with Progress(quiet) as progress:
-        tested = None if test is None else replace(columns, origin=test)
-        done = train(loaded, sites, rounds=rounds, test=tested, run=folder, resume=resume, on_event=progress, **plan)
-    _finish(done, json, {"report": str(write_report(folder)), "bytes": done.result["bytes"]})
+app.command()(federated.federate)
 
 
 @app.command()
@@ -263,82 +246,6 @@ def _changed(plan: dict[str, Any]) -> dict[str, Any]:
     from anyfit.values import Plan
 
     return {name: value for name, value in plan.items() if value != getattr(Plan(), name)}
-
-
-def _folder(run: Path | None, task: str, resume: bool) -> Path:
-    """The run's folder: as given, or the next free runs/<task>-<n>."""
-    if run is not None:
-        return run
-    if resume:
-        raise InputError("--resume needs --run FOLDER: which run is to go on?")
-    name = task.rpartition(":")[2].lower()
-    number = 1
-    while (Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return Path("runs") / f"{name}-{number}"
-
-
-def _task_and_plan(name: str, sets: list[str] | None, given: dict[str, Any], resumed: Path | None) -> tuple[Any, dict[str, Any]]:
-    """The task with its fields and the plan's overrides; a resumed run's values stand where none are given."""
-    from anyfit.load import load
-    from anyfit.run import read_record
-    from anyfit.values import Plan
-
-    given_fields = pairs("--set", sets)
-    plan = {name: value for name, value in given.items() if value is not None}
-    plan |= {field: value for field, value in given_fields.items() if field in Plan.__dataclass_fields__}
-    values = {field: value for field, value in given_fields.items() if field not in Plan.__dataclass_fields__}
-    if resumed is not None and (resumed / "run.json").exists():
-        record = read_record(resumed)
-        before = record["plan"]
-        if "epochs" in plan or "steps" in plan:
-            before = {field: value for field, value in before.items() if field not in ("epochs", "steps")}
-        plan = {**before, **plan}
-        values = {**record["task"]["values"], **values}
-    return load(name, values), plan
-
-
-def _sites(items: list[str]) -> dict[str, str]:
-    sites: dict[str, str] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals:
-            name, path = Path(item).name.split(".")[0], item
-        if name in sites:
-            raise InputError(f"two sites are named {name!r}; name them: --site NAME=FILE")
-        sites[name] = path
-    return sites
-
-
-def _fraction(value: str | None) -> float | str | None:
-    """A number is a fraction of the rows, anything else a source."""
-    try:
-        return None if value is None else float(value)
-    except ValueError:
-        return value
-
-
-def _finish(done: Any, as_json: bool, more: dict[str, Any]) -> None:
-    """Print a run's figures; a run that a signal stopped ends with its code."""
-    splits = {
-        split: {name: value for name, value in figures.items() if not isinstance(value, list)} for split, figures in done.splits.items()
-    }
-    about = {
-        name: done.result.get(name) for name in ("stopped", "steps", "epochs", "rounds", "seconds") if done.result.get(name) is not None
-    }
-    train = done.result.get("train")
-    result = {"run": str(done.path), **about, **({"train": train} if train else {}), **splits, **more}
-
-    def show() -> None:
-        names = list(dict.fromkeys(name for figures in splits.values() for name in figures))
-        if splits:
-            print_table(["split", *names], [[split, *(figures.get(name) for name in names)] for split, figures in splits.items()])
-        typer.echo(f"run     {done.path}\nreport  {more['report']}")
-
-    print_result(result, as_json, show)
-    if done.stopped == "signal":
-        typer.echo(f"stopped by a signal; go on with: --run {done.path} --resume", err=True)
-        raise typer.Exit(128 + int(done.result["signal"]))
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""What commands share: their options, the source that these name, and how a result is printed."""
+"""What commands share: their options, what these name (a source, a task, a folder), and how a result is printed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anyfit.cli.progress import print_table
 from anyfit.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,9 +40,16 @@ __all__ = [
     "Test",
     "Types",
     "Validation",
+    "Weights",
+    "finish",
+    "fraction_or_name",
     "pairs",
     "print_result",
+    "privacy_of",
+    "recorded",
+    "run_folder",
     "source_of",
+    "task_and_plan",
 ]
 
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A ready task (see `anyfit tasks`), file.py:Class or module:Class.")]
@@ -77,6 +85,7 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows of a b
 Seed = Annotated[int | None, typer.Option("--seed", help="One seed gives one result (default: 0).")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:i] or mps (default: auto).")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float64 or bfloat16 (default: float32).")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="A run or a .safetensors file to start from.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Folder for the run (default: runs/<task>-<n>).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
@@ -129,3 +138,102 @@ def print_result(value: dict[str, Any], as_json: bool, show: Callable[[], object
         sys.stdout.write(json.dumps(value, allow_nan=False, default=str) + "\n")
     else:
         show()
+
+
+def run_folder(run: Path | None, task: str, resume: bool) -> Path:
+    """The run's folder: as given, or the next free runs/<task>-<n>."""
+    if run is not None:
+        return run
+    if resume:
+        raise InputError("--resume needs --run FOLDER: which run is to go on?")
+    name = task.rpartition(":")[2].lower()
+    number = 1
+    while (Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return Path("runs") / f"{name}-{number}"
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the run that is to go on says of itself; nothing where it has not begun."""
+    from anyfit.run import read_record
+
+    return read_record(folder) if (folder / "run.json").exists() else {}
+
+
+def task_and_plan(name: str, sets: list[str] | None, given: dict[str, Any], record: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The task with its fields and the plan's overrides; a resumed run's values (`record`) stand where none are given."""
+    from anyfit.load import load
+    from anyfit.values import Plan
+
+    given_fields = pairs("--set", sets)
+    plan = {name: value for name, value in given.items() if value is not None}
+    plan |= {field: value for field, value in given_fields.items() if field in Plan.__dataclass_fields__}
+    values = {field: value for field, value in given_fields.items() if field not in Plan.__dataclass_fields__}
+    if record:
+        before = record["plan"]
+        if "epochs" in plan or "steps" in plan:
+            before = {field: value for field, value in before.items() if field not in ("epochs", "steps")}
+        plan = {**before, **plan}
+        values = {**record["task"]["values"], **values}
+    return load(name, values), plan
+
+
+def fraction_or_name(value: str | None) -> float | str | None:
+    """A number is a fraction of the rows, anything else a source."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return value
+
+
+def privacy_of(text: str | None, kinds: tuple[str, ...], before: dict[str, Any] | None) -> Any:
+    """KIND:FIELD=VALUE,... as the privacy of sites or of examples; that of a resumed run where none is given."""
+    from anyfit.privacy import ExamplePrivacy, SitePrivacy
+    from anyfit.values import coerce
+
+    classes: dict[str, Any] = {"site": SitePrivacy, "example": ExamplePrivacy}
+    if text is None and not before:
+        return None
+    if text is None:
+        assert before is not None
+        cls = SitePrivacy if "quantile" in before else ExamplePrivacy
+        kept = {name: value for name, value in before.items() if name in cls.__dataclass_fields__}
+        return cls(**{**kept, **({"unit": None} if kept.get("unit") == "row" else {})})
+    kind, _, rest = text.partition(":")
+    if kind not in kinds:
+        raise InputError(
+            f"--privacy (={text!r}) must begin with {' or '.join(f'{name}:' for name in kinds)}, e.g. {kinds[0]}:epsilon=8,delta=1e-5"
+        )
+    cls = classes[kind]
+    hints = typing.get_type_hints(cls)
+    given = pairs("--privacy", [item for item in rest.split(",") if item])
+    unknown = next((name for name in given if name not in hints), None)
+    if unknown is not None:
+        raise InputError(f"--privacy (={text!r}): {unknown!r} is no field of it; there are: {', '.join(hints)}")
+    if "delta" not in given:
+        raise InputError(f"--privacy (={text!r}) lacks delta: well below one over the number of those protected, e.g. {text},delta=1e-5")
+    return cls(**{name: coerce(f"{name} of --privacy", value, hints[name]) for name, value in given.items()})
+
+
+def finish(done: Any, as_json: bool, more: dict[str, Any], show_more: Callable[[], object] = lambda: None) -> None:
+    """Print a run's figures; a run that a signal stopped ends with its code."""
+    splits = {
+        split: {name: value for name, value in figures.items() if not isinstance(value, list)} for split, figures in done.splits.items()
+    }
+    about = {
+        name: done.result.get(name) for name in ("stopped", "steps", "epochs", "rounds", "seconds") if done.result.get(name) is not None
+    }
+    train = done.result.get("train")
+    result = {"run": str(done.path), **about, **({"train": train} if train else {}), **splits, **more}
+
+    def show() -> None:
+        names = list(dict.fromkeys(name for figures in splits.values() for name in figures))
+        if splits:
+            print_table(["split", *names], [[split, *(figures.get(name) for name in names)] for split, figures in splits.items()])
+        show_more()
+        typer.echo(f"run     {done.path}\nreport  {more['report']}")
+
+    print_result(result, as_json, show)
+    if done.stopped == "signal":
+        typer.echo(f"stopped by a signal; go on with: --run {done.path} --resume", err=True)
+        raise typer.Exit(128 + int(done.result["signal"]))

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Progress", "print_table", "spell"]
+__all__ = ["Progress", "event_line", "print_table", "spell", "spell_bytes"]
 
 
 class Progress:
-    """Takes the events of fit and federate."""
+    """Takes the events of fit."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -44,30 +44,27 @@ class Progress:
         if self._quiet:
             return
         if self._bar is None:
-            line = _line(event)
+            line = event_line(event)
             if line:
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
             return
         kind = event["event"]
         if kind == "start":
-            total = event.get("steps", event.get("rounds"))
-            self._task = self._bar.add_task(
-                "steps" if "steps" in event else "rounds", total=total, completed=event.get("step", event.get("round", 0)), loss=""
-            )
-        elif kind in ("step", "round"):
+            self._task = self._bar.add_task("steps", total=event["steps"], completed=event["step"], loss="")
+        elif kind == "step":
             self._bar.update(self._task, completed=event[kind], loss=f"loss {event['loss']:.4f}")
         elif kind in ("evaluate", "notice"):
-            self._bar.console.print(_line(event), highlight=False, markup=False)
+            self._bar.console.print(event_line(event), highlight=False, markup=False)
 
 
-def _line(event: Mapping[str, Any]) -> str:
+def event_line(event: Mapping[str, Any]) -> str:
     """One event as one line; checkpoints go without saying."""
     kind = event["event"]
     if kind == "notice":
         return f"note: {event['text']}"
     if kind == "start":
-        rows = ", ".join(f"{name} {count}" for name, count in event.get("rows", event.get("sites", {})).items())
+        rows = ", ".join(f"{name} {count}" for name, count in event["rows"].items())
         return f"{event['parameters']:,} parameters; rows: {rows}"
     if kind == "checkpoint":
         return ""
@@ -92,6 +89,15 @@ def spell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(spell, value))
     return str(value)
+
+
+def spell_bytes(count: float) -> str:
+    """A number of bytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

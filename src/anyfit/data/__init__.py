@@ -4,6 +4,7 @@ from anyfit.data.batches import Batches, LoaderBatches, RowBatches, TensorBatche
 from anyfit.data.blocks import Blocks
 from anyfit.data.hashes import pixels_of, row_hashes
 from anyfit.data.large import make_batches
+from anyfit.data.partition import Partition, partition
 from anyfit.data.ragged import LENGTHS, Ragged, packed
 from anyfit.data.sources import Rows, Source, fingerprint, num_rows
 from anyfit.data.split import by_column, by_fraction, in_tables, read_splits, take_fraction, without
@@ -16,6 +17,7 @@ __all__ = [
     "Batches",
     "Blocks",
     "LoaderBatches",
+    "Partition",
     "Ragged",
     "RowBatches",
     "Rows",
@@ -37,6 +39,7 @@ __all__ = [
     "num_rows",
     "packed",
     "padding_of",
+    "partition",
     "pixels_of",
     "read_splits",
     "row_hashes",

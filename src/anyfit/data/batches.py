@@ -26,6 +26,7 @@ __all__ = ["Batches", "Indexed", "LoaderBatches", "RowBatches", "TensorBatches",
 
 CHUNK_BYTES = 8 << 20  # one gather serves many batches, but stays near the cache
 CHUNK_STEPS = 64
+WORD = (1 << 64) - 1
 BUCKET_WINDOWS = 50  # length bucketing sorts within so many windows
 
 
@@ -49,10 +50,13 @@ def _mix(values: Tensor) -> Tensor:
 
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed from several numbers."""
-    state = torch.zeros((), dtype=torch.int64)
-    for part in parts:
-        state = _mix(state ^ _signed(part % (1 << 64)))
-    return int(state) & ((1 << 63) - 1)
+    state = 0
+    for part in parts:  # the same as `_mix`, without tensors: a simulation asks for each site and round
+        state = ((state ^ (part & WORD)) + 0x9E3779B97F4A7C15) & WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & WORD
+        state ^= state >> 31
+    return state & (WORD >> 1)
 
 
 def uniform(seed: int, epoch: int, positions: Tensor) -> Uniform:

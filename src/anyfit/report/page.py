@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from anyfit.report.markup import Html, hide, markup, plain, spell, table, tag
-from anyfit.report.plots import MANY_PANELS, Picture
+from anyfit.report.plots import MANY_PANELS, MANY_SITES, Picture
 from anyfit.report.records import Records, mapping, mappings, number, scalars, whole
 
 __all__ = ["build"]
@@ -36,7 +36,9 @@ def build(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
     yield _head(records)
     yield from _curves(records, pictures)
     yield from _class_section(records, pictures)
+    yield from _comparison_section(records, pictures)
     yield from _site_section(records, pictures)
+    yield from _privacy_section(records, pictures)
     yield _configuration(records)
     yield _data_section(records)
     yield _environment(records)
@@ -144,7 +146,7 @@ def _curves(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]
         caption = f"Each training point is the mean over the {meaning}." + forks
         parts.append(_figure(pictures["loss"], "Loss in training and evaluation", caption))
     if "metrics" in pictures:
-        left_out = len({*records.evaluations, *records.training} - {"loss", "lr"}) - MANY_PANELS
+        left_out = len({*records.evaluations, *records.training} - {"loss", "lr", "epsilon"}) - MANY_PANELS
         caption = f"{left_out} further metrics are in metrics.jsonl." if left_out > 0 else ""
         parts.append(_figure(pictures["metrics"], "Metrics", caption))
     yield _section("Curves", *parts)
@@ -237,12 +239,71 @@ def _interval(hits: int, total: int) -> tuple[float, float]:
     return (centre - reach) / scale, (centre + reach) / scale
 
 
-def _site_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
-    """Each site's part in a federation."""
-    known = mapping(records.record.get("sites"))
-    names = list(dict.fromkeys([*known, *records.last_at_site]))
+def _comparison_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
+    """The same task by different means."""
+    lines = [(str(line["what"]), scalars(line)) for line in records.comparison]
+    names = list(dict.fromkeys(name for _, figures in lines for name in figures))
     if not names:
         return
+    about = mapping(records.result.get("compared"))
+    caption = f"{about['figure']} on {about['split']} rows" if {"figure", "split"} <= set(about) else ""
+    picture = [_figure(pictures["comparison"], "Bars of the figures compared", caption)] if "comparison" in pictures else []
+    yield _section("Comparison", *picture, table(("", *names), [(what, *(figures.get(name) for name in names)) for what, figures in lines]))
+
+
+def _privacy_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
+    """What differential privacy was asked for, and what was spent of it."""
+    told = mapping(records.record.get("privacy"))
+    if not told and "privacy" not in pictures:
+        return
+    parts: list[Html] = []
+    if "privacy" in pictures:
+        at, spent = records.training["epsilon"][-1]
+        caption = f"An attacker who sees the weights learns no more of one row or site than epsilon allows: {spell(spent)} at "
+        parts.append(_figure(pictures["privacy"], f"Epsilon over each {records.clock}", f"{caption}{records.clock} {at:,.0f}."))
+    yield _section("Privacy", *parts, *([_settings("What was asked for", told)] if told else []))
+
+
+def _partition_figure(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
+    """Who has what."""
+    if "partition" not in pictures:
+        return
+    told, shown = mapping(records.record.get("partition")), min(len(records.partition), MANY_SITES)
+    sites = max(whole(told.get("sites")) or 0, len(records.partition))
+    caption = f"Who has what: the rows were dealt to {sites:,} sites by {plain(told.get('how'))}, seed {plain(told.get('seed'))}."
+    sizes = mapping(told.get("rows_per_site"))
+    lowest, median, highest = (number(sizes.get(name)) for name in ("lowest", "median", "highest"))
+    if lowest is not None and median is not None and highest is not None:
+        caption += f" A site has {lowest:,.0f} to {highest:,.0f} rows, in the middle {median:,.0f}."
+    caption += f" {shown:,} sites are shown, evenly picked." if shown < sites else ""
+    yield _figure(pictures["partition"], "Rows of each class at each site", caption)
+
+
+def _fairness_table(records: Records) -> Iterator[Html]:
+    """How a figure differs between sites."""
+    keys = ("mean", "lowest", "highest", "deviation")
+    rows = [
+        (metric, *(number(spread.get(key)) for key in keys), None if spread.get("worst_site") is None else str(spread["worst_site"]))
+        for metric, spread in records.fairness.items()
+    ]
+    if rows:
+        yield tag("h3", "Differences between sites")
+        yield table(("figure", "mean of sites", *keys[1:3], "standard deviation", "worst site"), rows)
+
+
+def _site_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
+    """Each site's part in a federation."""
+    names = list(dict.fromkeys([*mapping(records.record.get("sites")), *records.last_at_site]))
+    parts = [*_partition_figure(records, pictures)]
+    parts += [_figure(pictures["sites"], "Curves of the sites", "")] if "sites" in pictures else []
+    parts += _fairness_table(records)
+    parts += _site_table(records, names) if names else []
+    if parts:
+        yield _section("Sites", *parts)
+
+
+def _site_table(records: Records, names: Sequence[str]) -> Iterator[Html]:
+    known = mapping(records.record.get("sites"))
     metrics = list(records.sites)
     entries = {
         name: mapping(known.get(name)) | {key: value for key, value in records.last_at_site.get(name, {}).items() if value is not None}
@@ -251,23 +312,36 @@ def _site_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator
     sizes = [whole(entry.get("rows")) or 0 for entry in entries.values()]
     total, largest = sum(sizes), max(*sizes, 1)
     traffic = [key for key in ("bytes_up", "bytes_down") if any(entry.get(key) for entry in entries.values())]
+    notes = {name: entry["notes"] for name, entry in entries.items() if isinstance(entry.get("notes"), list) and entry["notes"]}
+    noted = [name for name in notes if name not in names[:_MANY_ROWS]]
     rows = []
-    for name in names[:_MANY_ROWS]:
+    for name in [*names[:_MANY_ROWS], *noted[:_MANY_ROWS]]:
         entry = entries[name]
         count, figures = whole(entry.get("rows")), [number(entry.get(metric)) for metric in metrics]
         share = (count or 0) / total if total else 0.0
         bar = tag("span", tag("i", style=f"width: {100 * (count or 0) / largest:.1f}%"), class_="bar")
         moved = [_size(entry.get(key) or 0) for key in traffic]
-        rows.append((name, count, tag("span", bar, f"{share:.1%}", class_="nowrap"), whole(entry.get("rounds")), *figures, *moved))
+        said = ["; ".join(map(str, notes.get(name, [])))] if notes else []
+        rows.append((name, count, tag("span", bar, f"{share:.1%}", class_="nowrap"), whole(entry.get("rounds")), *figures, *moved, *said))
     last = [f"last {metric}" for metric in metrics]
-    head = ("site", "rows", "share of rows", "rounds", *last, *(key.replace("bytes_", "") for key in traffic))
-    parts = [_figure(pictures["sites"], "Curves of the sites", "")] if "sites" in pictures else []
+    head = (
+        "site",
+        "rows",
+        "share of rows",
+        "rounds",
+        *last,
+        *(key.replace("bytes_", "") for key in traffic),
+        *(["notes"] if notes else []),
+    )
     listed = table(head, rows)
-    parts.append(tag("details", tag("summary", f"{len(names):,} sites"), listed) if len(names) > _LONG else listed)
-    note = [f"The first {_MANY_ROWS} of {len(names):,} sites."] if len(names) > _MANY_ROWS else []
+    yield tag("details", tag("summary", f"{len(names):,} sites"), listed) if len(names) > _LONG else listed
+    note = (
+        [f"The first {_MANY_ROWS} of {len(names):,} sites{', and others with notes' if noted else ''}."] if len(names) > _MANY_ROWS else []
+    )
     if any(records.moved.values()):
         note.append(f"All sites together sent {_size(records.moved['bytes_up'])} and received {_size(records.moved['bytes_down'])}.")
-    yield _section("Sites", *parts, *([tag("p", " ".join(note), class_="note")] if note else []))
+    if note:
+        yield tag("p", " ".join(note), class_="note")
 
 
 def _settings(title: str, values: Mapping[str, Any]) -> Html:

@@ -10,17 +10,20 @@ from io import BytesIO
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from anyfit.report.records import Points, Records, mappings, number
+from anyfit.report.markup import spell
+from anyfit.report.records import Points, Records, mapping, mappings, number, scalars
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MANY_PANELS", "Picture", "draw"]
+__all__ = ["MANY_PANELS", "MANY_SITES", "Picture", "draw"]
 
-MANY_PANELS = 9
-_MANY_POINTS, _MANY_CLASSES, _MANY_LINES = 2_000, 30, 8
+MANY_PANELS, MANY_SITES = 9, 100
+_MANY_POINTS, _MANY_CLASSES, _MANY_LINES, _MANY_CURVES = 2_000, 30, 8, 30
+_MANY_BARS, _NUMBERED_SITES, _SHADES = 40, 12, 16
+_LOW_IS_WORSE = ("accuracy", "auroc", "f1", "r2", "precision", "recall", "score")  # of anything else, a loss or an error, the highest is
 
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#5c6672", "#e1e5ea", "#fefefe"
 _COLOURS = ("#2866b1", "#c2571a", "#2f7d4f", "#7c4fa3", "#a8327a", "#117a8b", "#8a6d1b", "#6b7785")
@@ -48,6 +51,9 @@ def draw(records: Records) -> dict[str, Picture]:
         "loss": _draw_loss(records),
         "metrics": _draw_panels(_metric_panels(records), records),
         "sites": _draw_panels(dict(list(records.sites.items())[:MANY_PANELS]), records),
+        "partition": _draw_partition(records),
+        "privacy": _draw_privacy(records),
+        "comparison": _draw_comparison(records),
     }
     found = records.classes
     if found and len(found[1]) <= _MANY_CLASSES:
@@ -56,10 +62,10 @@ def draw(records: Records) -> dict[str, Picture]:
 
 
 def _metric_panels(records: Records) -> dict[str, dict[str, Points]]:
-    """A panel for each metric and each of the task's logs; the loss has its own picture."""
+    """A panel for each metric and each of the task's logs; the loss and epsilon have pictures of their own."""
     panels = {name: dict(lines) for name, lines in records.evaluations.items() if name != "loss"}
     for name, points in records.training.items():
-        if name not in ("loss", "lr"):
+        if name not in ("loss", "lr", "epsilon"):
             panels.setdefault(name, {})["training"] = points
     filled = [(name, lines) for name, lines in panels.items() if any(lines.values())]
     return dict(filled[:MANY_PANELS])
@@ -101,8 +107,8 @@ def _tick(value: float, ticks: list[float]) -> str:
     return f"{value:,.{places}f}" if places is not None and abs(value) < 1e7 else f"{value:.3g}"
 
 
-def _legend(axes: Axes) -> None:
-    """Above the frame at the right, where it never hides a curve; tells of the curves of the figure's other panels too."""
+def _legend(axes: Axes, *, outside: bool = False) -> None:
+    """Above the frame at the right, where it never hides a curve, or `outside` above all panels; tells of the curves of all."""
     named: dict[str, Artist] = {}
     for panel in axes.figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -110,10 +116,11 @@ def _legend(axes: Axes) -> None:
     handles, labels = list(named.values()), list(named)
     if labels:
         columns = min(len(labels), 4)
-        legend = axes.legend(
-            handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, frameon=False, fontsize=7.5,
-            labelcolor=_INK, borderaxespad=0.1, handlelength=1.4, columnspacing=1.2,
-        )  # fmt: skip
+        look = {"ncols": columns, "frameon": False, "fontsize": 7.5, "labelcolor": _INK, "handlelength": 1.4, "columnspacing": 1.2}
+        if outside:
+            legend = axes.figure.legend(handles, labels, loc="outside upper right", borderaxespad=0.2, **look)
+        else:
+            legend = axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1, **look)
         for text in legend.get_texts():
             text.set_parse_math(False)
 
@@ -201,29 +208,170 @@ def _draw_panels(panels: Mapping[str, Mapping[str, Points]], records: Records) -
     rows = math.ceil(len(panels) / columns)
     lines = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     are_splits = set(lines) <= {"training", "validation", "test"}
-    figure = _new_figure(_WIDTH, rows * (2.9 if columns == 1 else 2.5) + (0.3 if len(lines) > 4 else 0))
+    lines = lines if are_splits else sorted(lines)  # sites come in the order of their replies
+    figure = _new_figure(_WIDTH, rows * (2.9 if columns == 1 else 2.5) + (0.25 if len(lines) > 4 or columns > 1 else 0))
     for index, (name, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1, sharex=figure.axes[0] if index else None)
         _style(axes, name, records.clock)
         axes.locator_params(axis="x", nbins=8 if columns == 1 else 5)
         if not are_splits and len(lines) > _MANY_LINES:
-            _draw_crowd(axes, panel)
+            _draw_crowd(axes, name, panel)
         else:
-            for line, points in panel.items():
-                _line(axes, points, _split_colour(line) if are_splits else _COLOURS[lines.index(line) % len(_COLOURS)], line)
-    _legend(figure.axes[columns - 1])
+            for line in [line for line in lines if line in panel]:
+                _line(axes, panel[line], _split_colour(line) if are_splits else _COLOURS[lines.index(line) % len(_COLOURS)], line)
+    _legend(figure.axes[columns - 1], outside=columns > 1)
     return figure
 
 
-def _draw_crowd(axes: Axes, panel: Mapping[str, Points]) -> None:
-    """Many sites: each as a thin grey line, and their median."""
+def _draw_crowd(axes: Axes, name: str, panel: Mapping[str, Points]) -> None:
+    """Many sites: each as a thin grey line, or where lines would hide each other the band of most; their median, and the worst."""
     at_time: dict[float, list[float]] = {}
     for points in panel.values():
-        _line(axes, points if len(points) > 1 else [], _MUTED, None, width=0.6, alpha=0.35)
+        if len(panel) <= _MANY_CURVES:
+            _line(axes, points if len(points) > 1 else [], _MUTED, None, width=0.6, alpha=0.35)
         for at, value in points:
             at_time.setdefault(at, []).append(value)
-    median = [(at, sorted(values)[len(values) // 2]) for at, values in sorted(at_time.items())]
-    _line(axes, median, _COLOURS[0], f"median of {len(panel):,} sites")
+    ordered = [(at, sorted(values)) for at, values in sorted(at_time.items())]
+    if len(panel) > _MANY_CURVES:
+        low, high = ([_quantile(values, share) for _, values in ordered] for share in (0.1, 0.9))
+        label = "10 % to 90 % of sites"
+        axes.fill_between([at for at, _ in ordered], low, high, color=_COLOURS[0], alpha=0.2, linewidth=0, label=label)
+        low_is_worse = any(word in name for word in _LOW_IS_WORSE)
+        extreme = [(at, values[0 if low_is_worse else -1]) for at, values in ordered]
+        _line(axes, extreme, _COLOURS[1], "worst site of each round", width=1.0)
+    _line(axes, [(at, _quantile(values, 0.5)) for at, values in ordered], _COLOURS[0], f"median of {len(panel):,} sites")
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Between the two values next to that place."""
+    place = share * (len(ordered) - 1)
+    low, rest = ordered[int(place)], place - int(place)
+    return low if rest == 0 else low + rest * (ordered[int(place) + 1] - low)
+
+
+def _draw_privacy(records: Records) -> Figure | None:
+    """What the weights may tell of one row or site, as it grows, and the budget."""
+    spent = records.training.get("epsilon", [])
+    if not spent:
+        return None
+    figure = _new_figure(_WIDTH, 2.6)
+    axes = figure.add_subplot()
+    _style(axes, "epsilon", records.clock)
+    _line(axes, spent, _COLOURS[0], "spent")
+    budget = number(mapping(records.record.get("privacy")).get("epsilon"))
+    if budget is not None:
+        axes.axhline(budget, color=_COLOURS[1], linewidth=1.2, linestyle=(0, (4, 3)), label="budget")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def _draw_comparison(records: Records) -> Figure | None:
+    """Bars: a panel for each figure, a bar for each thing compared."""
+    lines = [(str(line["what"]), scalars(line)) for line in records.comparison[:_MANY_CLASSES]]
+    names = list(dict.fromkeys(name for _, figures in lines for name, value in figures.items() if value is not None))[:3]
+    if not names:
+        return None
+    figure = _new_figure(_WIDTH, 0.55 + 0.27 * len(lines))
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), index + 1)
+        _style(axes, name, None)
+        values = [figures.get(name) for _, figures in lines]
+        known = [(place, value) for place, value in enumerate(values) if value is not None]
+        axes.barh([place for place, _ in known], [value for _, value in known], height=0.66, color=_COLOURS[0])
+        for place, value in known:
+            axes.annotate(
+                spell(value), (value, place), (3 if value >= 0 else -3, 0), textcoords="offset points",
+                ha="left" if value >= 0 else "right", va="center_baseline", fontsize=7.5, color=_INK,
+            )  # fmt: skip
+        axes.grid(False)
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0 if min(value for _, value in known) >= 0 else None)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        labels = [_drawable(what) if index == 0 else "" for what, _ in lines]
+        axes.yaxis.set_ticks(range(len(lines)), labels, color=_INK, parse_math=False)
+    return figure
+
+
+def _draw_partition(records: Records) -> Figure | None:
+    """Who has what: bars of the classes for few sites and classes; else bars of sizes, and under each bar the shares of the classes."""
+    sites = records.partition
+    if not sites:
+        return None
+    names = list(sites)
+    if len(names) > MANY_SITES:
+        names = [names[round(place * (len(names) - 1) / (MANY_SITES - 1))] for place in range(MANY_SITES)]
+    labels = list(dict.fromkeys(label for name in names for label in sites[name]))
+    if len(labels) > _MANY_CLASSES:
+        labels = sorted(labels, key=lambda label: -sum(sites[name].get(label, 0) for name in names))[:_MANY_CLASSES]
+    stacked = len(names) <= _MANY_BARS and len(labels) <= len(_COLOURS)
+    shaded = not stacked and len(labels) > 1
+    heights = [1.25, 0.19 * len(labels)] if shaded else [2.4]
+    figure = _new_figure(min(_WIDTH, 2 + 0.8 * len(names)), sum(heights) + 0.9)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    bars = figure.add_subplot(grid[0])
+    _style(bars, "rows of each class" if stacked and len(labels) > 1 else "rows", None)
+    bars.grid(False, axis="x")
+    bars.locator_params(axis="y", integer=True)
+    totals = [sum(sites[name].values()) for name in names]
+    beneath = [0] * len(names)
+    for index, label in enumerate(labels if stacked else []):
+        counts = [sites[name].get(label, 0) for name in names]
+        shown = _drawable(label) if len(labels) > 1 else None
+        bars.bar(range(len(names)), counts, width=0.8, bottom=beneath, color=_COLOURS[index], label=shown)
+        beneath = [before + count for before, count in zip(beneath, counts, strict=True)]
+    if not stacked:
+        bars.bar(range(len(names)), totals, width=0.8, color=_COLOURS[-1] if shaded else _COLOURS[0])
+    bars.set(xlim=(-0.6, len(names) - 0.4), ylim=(0, 1.05 * max(*totals, 1)))
+    _legend(bars)
+    lowest = bars
+    if shaded:
+        lowest = figure.add_subplot(grid[1], sharex=bars)
+        _draw_shares(lowest, [[sites[name].get(label, 0) for name in names] for label in labels], totals)
+        lowest.yaxis.set_ticks(range(len(labels)), [_drawable(label, 16) for label in labels], fontsize=7.5, color=_INK, parse_math=False)
+    _name_sites(lowest, names)
+    return figure
+
+
+def _draw_shares(axes: Axes, counts: Sequence[Sequence[int]], totals: Sequence[int]) -> None:
+    """A cell for each class and site, shaded by the class's share of the site's rows. All cells of a shade are one path: pages stay small."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    darkest = max((count / total for line in counts for count, total in zip(line, totals, strict=True) if count), default=1.0)
+    _style(axes, f"share of site (darkest {darkest:.0%})", None)
+    axes.grid(False)
+    corners: dict[int, list[tuple[float, float]]] = {}
+    for row, line in enumerate(counts):
+        for column, count in enumerate(line):
+            if not count:
+                continue
+            share = count / totals[column] / darkest
+            left, right, top, bottom = column - 0.47, column + 0.47, row - 0.45, row + 0.45
+            box = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+            corners.setdefault(min(_SHADES, math.ceil(_SHADES * share)), []).extend(box)
+            if len(totals) <= _NUMBERED_SITES:
+                colour = _PAPER if share > 0.6 else _INK
+                axes.text(column, row, f"{count:,}", ha="center", va="center_baseline", fontsize=7, color=colour)
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    for level, points in corners.items():
+        shade = to_rgba(_COLOURS[0], 0.08 + 0.92 * level / _SHADES)
+        axes.add_patch(PathPatch(Path(points, codes * (len(points) // 5)), facecolor=shade, edgecolor="none"))
+    axes.set_ylim(len(counts) - 0.5, -0.5)
+    axes.spines[:].set_visible(True)
+
+
+def _name_sites(axes: Axes, names: Sequence[str]) -> None:
+    """Names under the lowest panel: all, or as many as can be read."""
+    every = math.ceil(len(names) / _MANY_BARS)
+    shown = list(range(0, len(names), every))
+    labels = [_drawable(names[place], 20) for place in shown]
+    flat = max(map(len, labels)) * len(labels) <= 110
+    axes.tick_params(axis="x", labelbottom=True, rotation=0 if flat else 90)
+    axes.xaxis.set_ticks(shown, labels, fontsize=7.5 if flat else 7, color=_INK, parse_math=False)
 
 
 def _draw_confusion(matrix: list[list[int]], names: Sequence[str]) -> Figure:

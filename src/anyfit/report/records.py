@@ -78,6 +78,26 @@ class Records:
                 return split, matrix
         return None
 
+    @property
+    def partition(self) -> dict[str, dict[str, int]]:
+        """Rows of each class at each site, where one data set was dealt to sites."""
+        told = mapping(mapping(self.record.get("partition")).get("counts"))
+        found = {
+            site: {label: count for label, count in mapping(counts).items() if whole(count) is not None and count >= 0}
+            for site, counts in told.items()
+        }
+        return {site: counts for site, counts in found.items() if counts}
+
+    @property
+    def fairness(self) -> dict[str, dict[str, Any]]:
+        """How a metric differs between sites, by metric."""
+        return {metric: spread for metric, spread in mapping(self.result.get("fairness")).items() if isinstance(spread, dict)}
+
+    @property
+    def comparison(self) -> list[dict[str, Any]]:
+        """Figures of the same rows by different means, each with its name as `what`."""
+        return [line for line in mappings(self.result.get("comparison")) if isinstance(line.get("what"), str)]
+
     def class_names(self, count: int) -> list[str]:
         """The target's categories where the schema has them, else numbers."""
         schema = mapping(self.record.get("schema"))

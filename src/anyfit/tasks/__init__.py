@@ -2,10 +2,11 @@
 
 from anyfit.tasks.hf import HuggingFace
 from anyfit.tasks.image import Image
+from anyfit.tasks.pca import PCA
 from anyfit.tasks.tabular import Tabular
 from anyfit.tasks.text import TextCNN, TextRNN, TextTransformer
 
-__all__ = ["READY", "HuggingFace", "Image", "Tabular", "TextCNN", "TextRNN", "TextTransformer"]
+__all__ = ["PCA", "READY", "HuggingFace", "Image", "Tabular", "TextCNN", "TextRNN", "TextTransformer"]
 
 # What the command line knows by a short name.
 READY = {
@@ -15,4 +16,5 @@ READY = {
     "text-rnn": TextRNN,
     "text-transformer": TextTransformer,
     "hf": HuggingFace,
+    "pca": PCA,
 }

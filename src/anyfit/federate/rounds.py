@@ -1,0 +1,674 @@
+"""One federation: agree on a schema, then rounds, each a transaction: choose sites, send, fold what comes, go on or stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyfit import data, engine, machine
+from anyfit.codec import Codec
+from anyfit.data import Batches, Source
+from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError
+from anyfit.federate.noise import SiteNoise
+from anyfit.federate.rules import Rules, agreed, fairness, is_fitted, number_of
+from anyfit.federate.transport import ALL, Transport
+from anyfit.fit import OnEvent, scalars
+from anyfit.guard import LOSS, WEIGHTS
+from anyfit.metrics import figures
+from anyfit.prepare import Prepared, built
+from anyfit.privacy import ExamplePrivacy, SitePrivacy
+from anyfit.record import compare, last_state, record_of, start_from
+from anyfit.run import Folder, Run
+from anyfit.schema import Schema
+from anyfit.state import Position, State
+from anyfit.strategy import Server, Strategy
+from anyfit.task import Task
+from anyfit.tree import clone
+from anyfit.update import Layout, Order, Reply, Total, Update
+from anyfit.values import Plan, canonical
+from anyfit.worker import Memories, exchanged, hash_of
+
+__all__ = ["Federation"]
+
+MOST_LOOKED_AT = 100  # sites whose training rows are evaluated at the end where they hold no others
+MOST_FINE = 400_000  # rows at all sites, whose changes times rows one limb of fixed point surely holds: each up to 10
+ATTEMPTS = 3  # at a round whose quorum is not met, each with other sites where there are more
+
+
+class Federation:
+    """One federation, from its beginning or its last round to its result."""
+
+    def __init__(
+        self,
+        task: Task,
+        transport: Transport,
+        strategy: Strategy,
+        rules: Rules,
+        plan: Plan,
+        *,
+        privacy: SitePrivacy | ExamplePrivacy | None = None,
+        memories: Memories | None = None,
+        secret: int = 0,
+        folder: Folder | None = None,
+        emit: OnEvent = lambda event: None,
+    ) -> None:
+        self.task, self.transport, self.strategy, self.rules, self.plan = task, transport, strategy, rules, plan
+        self.privacy, self.memories, self._secret, self.folder, self._emit = privacy, memories, secret, folder, emit
+        self.epsilons: dict[str, float] = {}  # spent at each site, where each example is protected
+        self.exhausted: set[str] = set()  # whose budget pays for no further round
+        self.device = machine.pick_device(plan.device)
+        self.history: list[dict[str, Any]] = []
+        self.bytes = {"up": 0, "down": 0}
+        self.rows: dict[str, int] = {}  # of the sites that joined
+        self.notes: dict[str, list[str]] = {}  # what is odd about them
+        self.best: dict[str, Any] | None = None
+        self.best_model: dict[str, Tensor] | None = None
+        self.bad = 0
+        self.noise: SiteNoise | None = None  # where whole sites are protected
+        self.stopped: str | None = None
+        self.signal: int | None = None
+        self.asked = False
+        self.test: Batches | None = None
+        self.started = self.saved = time.monotonic()
+        self.saves = [0, 0]  # the rounds of the last two checkpoints
+        self.version = 1
+        self.seen = folder  # where a resume finds what was saved
+        self.agree: Callable[[list[int]], list[int]] = lambda flags: flags  # with whoever else runs this federation
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Tell an event; who listens may answer "stop"."""
+        if self._emit(event) == "stop":
+            self.asked = True
+
+    # ------------------------------------------------------------ orders
+
+    def _send(
+        self, order: Order, to: Sequence[str], quorum: int | None = None, done: Callable[[Order, Reply], None] | None = None
+    ) -> Update:
+        """The sum of the sites' updates; the order in which they arrive changes no bit of it. A site that fails is an error unless a
+        quorum may do without it.
+        """
+        each = self.strategy.needs == "each" and order.kind == "train"
+        total, held, answered = Total(), dict[str, Update](), list[str]()
+        failed: dict[str, str] = {}
+        self.bytes["down"] += order.size_bytes() * len(to)
+        self.transport.send(order, to)
+        for given in self.transport.replies(self.rules.deadline_s if order.kind == "train" else None):
+            reply = given
+            if reply.values.get("budget"):
+                self.exhausted.add(reply.site)
+                self.emit({"event": "notice", "text": f"site {reply.site} takes no further part: {reply.error}"})
+                continue
+            if reply.site != ALL and reply.error is None and reply.update is not None and not each:
+                try:
+                    total.add(reply.update)
+                except (InputError, NonFinite) as problem:  # what it sent does not add to what others sent
+                    reply = replace(reply, error=str(problem), cause=problem)
+            if reply.site != ALL and reply.error is not None:
+                failed[reply.site] = reply.error
+                if order.kind in ("describe", "prepare"):  # its data does not do: nothing has begun yet
+                    raise DataError(f"site {reply.site!r}: {reply.error}") from reply.cause
+                if quorum is None:
+                    raise RunError(f"site {reply.site!r} failed in round {order.round}: {reply.error}") from reply.cause
+                continue
+            if reply.site != ALL:
+                self.bytes["up"] += reply.size
+                answered.append(reply.site)
+                if done is not None:
+                    done(order, reply)
+            if reply.update is not None and each:
+                if reply.site == ALL:
+                    raise InputError(
+                        f"{self.strategy.name} needs each site's update, which a sum of several does not tell; use another strategy"
+                    )
+                held[reply.site] = reply.update
+            elif reply.update is not None and reply.site == ALL:
+                total.add(reply.update)
+        to = [name for name in to if name not in self.exhausted]
+        heard = {*answered, *failed}
+        silent = [name for name in to if name not in heard]
+        self.missing = {**failed, **dict.fromkeys(silent, "no answer in time")}
+        if len(answered) < (len(to) if quorum is None else quorum):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.missing.items())[:5])
+            raise _NoQuorum(f"{len(answered)} of {len(to)} sites answered in round {order.round}, but {quorum or len(to)} must ({reasons})")
+        return self.strategy.combine([held[name] for name in sorted(held)]) if each and held else total.update()
+
+    def _order(self, kind: str, round: int, tensors: Mapping[str, Tensor] | None = None, **values: Any) -> Order:
+        return Order(kind, round, self.version, self.plan.seed, tensors or {}, values)
+
+    # ------------------------------------------------------------- begin
+
+    def begin(self, base: Schema | None, test: Source | None, weights: Any, about: Mapping[str, Any], *, resume: bool) -> None:
+        """Agree on a schema, fit it by the round of statistics, and build or load the first state."""
+        self.state = State()
+        before, state = None, None
+        if resume and self.seen is not None:
+            before, state = self.seen.record(), last_state(self.seen)
+        first = (state.position.step if state is not None else 0) + 1
+        members = self.transport.members(first)
+        if not members:
+            raise InputError("sites is empty; give at least one")
+        told = self._described(members if base is None else members[:1] if about.get("alike") else members)
+        schema = agreed(told) if base is None else base
+        if before is not None and state is not None:
+            self.schema = Schema.from_json(before["schema"])  # of the sites that were there: what joins later does not change it
+        elif base is not None and is_fitted(base):
+            self.schema = base
+        else:
+            self.schema = self._fitted(schema, members)
+        machine.seed_all(self.plan.seed)
+        self.model = built(self.task, self.schema).to(device=self.device, dtype=getattr(torch, self.plan.dtype))
+        started = None if weights is None or state is not None else start_from(self.model, weights, False)
+        shared, frozen = exchanged(self.task, self.model, self.strategy, self.rules.batch_statistics)
+        self.layout, self.shared, self.frozen = Layout.of(shared), shared, frozen
+        self.strategy.sends(self.layout)
+        self.expected = {"frozen": hash_of(frozen), "layout": self.layout.hash()}
+        self.memory: dict[str, Tensor] = {}
+        self.state = State(model=clone(dict(self.model.state_dict())), schema=self.schema.to_json(), progress=self._progress())
+        self._begin_record(told, about, test, started, before, state)
+        self._prepare_privacy(len(members))
+        if before is not None and canonical(before.get("privacy")) != canonical(self.record.get("privacy")):
+            raise StateError(
+                f"run was made with privacy={before.get('privacy')}, not {self.record.get('privacy')}; resume with the same privacy, sample "
+                "and sites, or start a new run"
+            )
+        self._prepare_test(test)
+        self._join(members, first - 1)
+        self._tell_start()
+
+    def _described(self, members: Sequence[str]) -> dict[str, dict[str, Any]]:
+        told: dict[str, dict[str, Any]] = {}
+        self._send(self._order("describe", 0), members, done=lambda _, reply: told.update({reply.site: dict(reply.values)}))
+        return told
+
+    def _fitted(self, agreed: Schema, members: Sequence[str]) -> Schema:
+        """Preprocessing and vocabularies from the sum of the sites' statistics."""
+        statistics = self._send(self._order("prepare", 0, schema=agreed.to_json()), members)
+        schema = agreed if set(statistics.groups) <= {"rows"} else self.task.prepare(agreed, statistics)
+        if schema.classes is not None and len(schema.classes) < 2:
+            raise DataError(f"target {schema.target!r} has one class only at all sites together; there is nothing to tell apart")
+        return schema
+
+    def _join(self, names: Sequence[str], round: int) -> None:
+        """Send what stays the same all along, once; each site says what its model exchanges and holds fixed."""
+        order = self._order("join", round, self.frozen, schema=self.schema.to_json(), batch_statistics=self.rules.batch_statistics)
+
+        def check(order: Order, reply: Reply) -> None:
+            for what, mine in self.expected.items():
+                if reply.values.get(what) != mine:
+                    words = {"frozen": "other frozen weights", "layout": "other names or shapes to exchange"}[what]
+                    raise RunError(f"site {reply.site!r} has {words} than this federation (hash {reply.values.get(what)!r}, not {mine!r})")
+            self.rows[reply.site] = int(reply.values["rows"])
+            self.notes[reply.site] = list(reply.values.get("notes", ()))
+
+        self._send(order, names, done=check)
+
+    def _prepare_test(self, test: Source | None) -> None:
+        if test is None:
+            return
+        read = test.read()
+        rows = read.get("test", read["train"])
+        prepared = Prepared(self.task, self.plan, self.device, self.schema, {"test": rows}, {}, self.task.collate)
+        self.test = prepared.batches("test")
+
+    def _prepare_privacy(self, sites: int) -> None:
+        """How much noise a round gets, and what a resume has spent already."""
+        if isinstance(self.privacy, ExamplePrivacy):
+            if not self.strategy.trains:
+                raise InputError(
+                    f"{self.strategy.name} sends sums over rows without noise; privacy of examples needs a strategy that trains"
+                )
+            self.record["privacy"] = {**self.privacy.to_json(), "unit": self.privacy.unit or "row"}
+        elif self.privacy is not None:
+            drawn = number_of(self.rules.sample, sites, "sample")
+            options = {"rounds": self.rules.rounds, "sites": sites, "drawn": drawn, "secret": self._secret}
+            self.noise = SiteNoise(self.privacy, self.strategy, self.layout, **options)
+            self.record["privacy"] = self.noise.to_json()
+            if "noise" in self.state.progress:
+                self.noise.restore(self.state.progress["noise"])
+
+    def _begin_record(
+        self,
+        told: Mapping[str, Mapping[str, Any]],
+        about: Mapping[str, Any],
+        test: Source | None,
+        started: Any,
+        before: dict[str, Any] | None,
+        state: State | None,
+    ) -> None:
+        record = record_of("federate", self.task, self.model, self.plan, self.schema, self.device)
+        record["strategy"] = self.strategy.to_json()
+        record["rules"] = {name: getattr(self.rules, name) for name in self.rules.__dataclass_fields__}
+        record["rounds"] = self.rules.rounds
+        record["exchanged"] = self.layout.size
+        if started is not None:
+            record["weights"] = started
+        splits = {name: values["splits"]["train"] | {"source": values["source"]} for name, values in told.items()}
+        record["data"] = dict(about["data"]) if about.get("alike") else splits
+        record |= {name: about[name] for name in ("partition",) if name in about}
+        if test is not None:
+            if "test" in record["data"]:
+                raise InputError("a site named 'test' and test rows beside the sites cannot be told apart; rename the site")
+            record["data"]["test"] = {"source": test.name}
+        if self.seen is not None:
+            if before is not None:
+                known = {name: value for name, value in record["data"].items() if name in before["data"]}
+                changed = compare(self.seen, before, {**record, "data": known, "privacy": before.get("privacy")})
+                if canonical(before["strategy"]) != canonical(record["strategy"]):
+                    raise StateError(
+                        f"run (={str(self.seen.path)!r}) has the strategy {before['strategy']}, not {record['strategy']}; start a new run"
+                    )
+                for name in ("validation", "test"):
+                    if before["rules"].get(name) != record["rules"][name]:
+                        raise StateError(
+                            f"{name} (={record['rules'][name]}) was {before['rules'].get(name)} in run (={str(self.seen.path)!r}); another "
+                            "fraction would train on rows that were held back, so start a new run"
+                        )
+                for name in sorted(set(record["rules"]) - {"rounds", "quorum", "deadline_s"}):
+                    if before["rules"].get(name) != record["rules"][name]:
+                        changed[name] = [before["rules"].get(name), record["rules"][name]]
+                if changed:
+                    record["forks"] = [*before["forks"], {"step": 0 if state is None else state.position.step, "changed": changed}]
+            if state is not None:
+                self._restore(state)
+            else:
+                self.seen.cut(0)
+                if self.memories is not None:
+                    self.memories.cut(0)
+        self.record = record
+
+    def _restore(self, state: State) -> None:
+        assert self.seen is not None
+        self.state, progress = state, state.progress
+        self.saves = [0, 0, *(int(path.stem.rpartition("-")[2]) for path in self.seen.checkpoints())][-2:]
+        self.bytes, self.best, self.bad = dict(progress["bytes"]), progress["best"], int(progress["bad"])
+        self.epsilons = dict(progress["epsilons"])
+        self.memory = dict(state.extras.get("strategy", {}))
+        self.history = self.seen.cut(int(progress["metrics_bytes"]))
+        engine.load_model(self.model, state.model)
+        if self.memories is not None:
+            self.memories.cut(state.position.step)
+        if self.best is not None and self.plan.keeps_best:
+            if self.best["round"] == state.position.step:  # killed between the checkpoint and its second name
+                self.best_model = dict(state.model)
+                if self.folder is not None:
+                    self.folder.mark_best(self.folder.checkpoint_path(state.position.step))
+            elif self.seen.best.exists():
+                self.best_model = dict(State.load(self.seen.best).model)
+
+    def _tell_start(self) -> None:
+        self.record["sites"] = {
+            name: {"rows": rows, **({"notes": notes} if (notes := self.notes[name]) else {})} for name, rows in sorted(self.rows.items())
+        }
+        notices = self._notices()
+        if self.folder is not None:
+            self.folder.write_record(self.record)
+        for notice in notices:
+            self.emit({"event": "notice", "text": notice})
+        codec = Codec.of(self.rules.compress)
+        size = self.layout.size * torch.empty(0, dtype=self.layout.dtype).element_size()
+        each = {"down": size // (2 if self.rules.compress_down else 1), "up": codec.size(self.layout.size) if codec else size}
+        self.emit(
+            {
+                "event": "start",
+                "round": self.state.position.step,
+                "rounds": self.rules.rounds,
+                "sites": dict(sorted(self.rows.items())),
+                "parameters": self.record["parameters"],
+                "bytes_each": each,
+            }
+        )
+
+    def _notices(self) -> list[str]:
+        found = []
+        codec = Codec.of(self.rules.compress)
+        number = torch.empty(0, dtype=self.layout.dtype).element_size()
+        up = codec.size(self.layout.size) if codec is not None else self.layout.size * number
+        down = self.layout.size * (2 if self.rules.compress_down else number)
+        cohort = number_of(self.rules.sample, len(self.rows), "sample")
+        found.append(
+            f"a round moves {cohort * down:,} bytes down and about {cohort * up:,} up: {self.layout.size:,} of "
+            f"{self.record['parameters']:,} parameters, {cohort} sites"
+        )
+        if self.privacy is not None:
+            found.append(
+                "numbers of rows, the schema's statistics (means, categories) and figures on test rows are not covered by epsilon and delta"
+            )
+        batch = self.plan.batch_size
+        small = [name for name, rows in self.rows.items() if batch is not None and rows < batch]
+        if small:
+            names = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
+            found.append(f"{len(small)} sites have fewer rows than a batch ({batch}) and train on all of them at once: {names}")
+            for name in small:
+                self.record["sites"][name].setdefault("notes", []).append("fewer rows than a batch")
+        return found
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "bytes": dict(self.bytes),
+            "best": self.best,
+            "bad": self.bad,
+            **({"noise": self.noise.progress()} if self.noise is not None else {}),
+            "epsilons": dict(self.epsilons),
+        }
+
+    # ------------------------------------------------------------ rounds
+
+    def loop(self, caught: Sequence[int]) -> None:
+        """Rounds; the state of one is saved before the next begins."""
+        self._heed_patience()
+        while self.state.position.step < self.rules.rounds and self.stopped is None:
+            begun, round = time.monotonic(), self.state.position.step + 1
+            signal, asked, *self.saves = self.agree([caught[0] if caught else 0, int(self.asked), *self.saves])
+            if signal:
+                self.stopped, self.signal = "signal", signal
+            elif asked:
+                self.stopped = "asked"
+            elif self.noise is not None and self.noise.used_up:
+                self.stopped = "budget"
+                budget = self.noise.privacy.epsilon
+                self.emit({"event": "notice", "text": f"round {round} would pass the budget (epsilon={budget}); it is not run"})
+            else:
+                before = self._progress()
+                try:
+                    self._round(round)
+                except _Exhausted as error:
+                    self.stopped = "budget"
+                    self.emit({"event": "notice", "text": f"round {round} is not run: {error}"})
+                    continue
+                except BaseException:
+                    if self.state.position.step < round:  # as if this round had never begun
+                        self._checkpoint(before)
+                    raise
+                better = self._evaluate(round)
+                self._save(round, better, time.monotonic() - begun)
+                self._heed_patience()
+        self._checkpoint(self._progress())
+        _, _, *self.saves = self.agree([0, 0, *self.saves])
+        self._forget()
+        self.stopped = self.stopped or "finished"
+        self.emit({"event": "stop", "round": self.state.position.step, "reason": self.stopped})
+
+    def _heed_patience(self) -> None:
+        if self.plan.patience is not None and self.bad >= self.plan.patience:
+            self.stopped = "patience"
+
+    def _save(self, round: int, better: bool, seconds: float) -> None:
+        if self.folder is not None:
+            self.folder.timing({"round": round, "seconds": seconds})
+        if better or time.monotonic() - self.saved >= self.plan.checkpoint_every_s:
+            self._checkpoint(self._progress(), better)
+        self._forget()
+
+    def _checkpoint(self, progress: Mapping[str, Any], better: bool = False) -> None:
+        """Save the state, unless it is saved already or another rank does so."""
+        round = self.state.position.step
+        if self.folder is None or round <= self.saves[1]:
+            return
+        self.saved = time.monotonic()
+        path = self.folder.checkpoint_path(round)
+        self.state = replace(self.state, progress={**progress, "metrics_bytes": self.folder.metrics_bytes()})
+        self.state.save(path)
+        if better:
+            self.folder.mark_best(path)
+        self.folder.keep()
+        self.saves = [self.saves[1], round]
+        self.emit({"event": "checkpoint", "round": round, "path": str(path)})
+
+    def _forget(self) -> None:
+        """What sites remember is kept as it is now, and as it was at the checkpoints that a resume may start from."""
+        if self.memories is not None:
+            self.memories.commit((*self.saves, self.state.position.step) if self.memories.on_disk else (self.state.position.step,))
+
+    def _newcomers(self, round: int) -> Sequence[str]:
+        members = self.transport.members(round)
+        late = [name for name in members if name not in self.rows]
+        if late:
+            self._join(late, round - 1)
+            for name in late:
+                self.record["sites"][name] = {"rows": self.rows[name], "notes": [f"joined in round {round}", *self.notes[name]]}
+                self.emit({"event": "notice", "text": f"site {name} joins in round {round} with {self.rows[name]} rows"})
+            if self.folder is not None:
+                self.folder.write_record(self.record)
+        return members
+
+    def _round(self, round: int) -> None:
+        members, before = self._newcomers(round), dict(self.bytes)
+        weights = self.layout.flat(self.state.model[name] for name in self.layout.shapes).cpu()
+        server = Server(weights.double(), self.layout, round, len(members), float(sum(self.rows[name] for name in members)), self.memory)
+        sent = weights if self.rules.compress_down is None else Codec(self.rules.compress_down).encode(weights, torch.Generator())["values"]
+        tensors = {WEIGHTS: sent, **self.strategy.begin(server)}
+        sites: dict[str, dict[str, Any]] = {}
+        losses: dict[str, tuple[float, float]] = {}
+
+        def heard(order: Order, reply: Reply) -> None:
+            told = self._told(order, reply)
+            if "epsilon" in reply.values:
+                self.epsilons[reply.site] = float(reply.values["epsilon"])
+            sites[reply.site] = {"rows": self.rows[reply.site], **({"loss": told["loss"]} if told else {})}
+            if told:
+                losses[reply.site] = (told["count"], told["loss"])
+            self.emit({"event": "reply", "round": round, "site": reply.site, "seconds": reply.seconds, **sites[reply.site]})
+
+        total = self._attempted(round, members, tensors, sites, heard)
+        if self.memories is not None:
+            self.memories.settle(round, sites)
+        changed = replace(server, weights=server.weights.clone())
+        weights = self.strategy.finish(changed, total)
+        if not bool(torch.isfinite(weights).all()):
+            raise NonFinite(f"a weight is not finite after round {round}; lower the learning rate. The last round's state is untouched.")
+        self.memory = changed.memory
+        self._set_weights(weights, round)
+        counted = [losses[site] for site in sorted(sites) if site in losses]  # floats add in the order of names, whoever was first
+        loss = {"loss": sum(count * mean for count, mean in counted) / sum(count for count, _ in counted)} if counted else {}
+        line: dict[str, Any] = {"event": "round", "round": round, **loss, "sites": dict(sorted(sites.items()))}
+        line |= {f"bytes_{way}": self.bytes[way] - before[way] for way in self.bytes}
+        if self.missing and self.noise is None:
+            line["missing"] = sorted(self.missing)
+        if self.noise is not None:  # who took part is told to nobody
+            line |= {"sites": {}, "answered": len(sites), "epsilon": self.noise.epsilon, "clip": self.noise.clip}
+        elif self.epsilons:
+            line["epsilon"] = max(self.epsilons.values())  # of the site that spent most
+        self._line(line)
+
+    def _attempted(
+        self,
+        round: int,
+        members: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        sites: dict[str, dict[str, Any]],
+        heard: Callable[[Order, Reply], None],
+    ) -> Update:
+        """The total of a round; one whose quorum is not met is tried again, with other sites where there are more."""
+        problem: _NoQuorum | None = None
+        for attempt in range(ATTEMPTS):
+            self.version = 1 + attempt
+            sites.clear()
+            seed = data.mix_seed(self.plan.seed, round, attempt, 0x73616D)
+            chosen = self._chosen(round, members, seed) if self.noise is None else self.noise.drawn(members, round, attempt)
+            quorum = None if self.rules.quorum is None else number_of(self.rules.quorum, len(chosen), "quorum")
+            values = self._values(len(chosen) if quorum is None else quorum)
+            if self.noise is not None:
+                self.noise.spent += 1
+                if not chosen:
+                    self.missing = {}
+                    return self.noise.total(Update())
+            try:
+                total = self._send(self._order("train", round, tensors, **values), chosen, quorum, heard)
+            except _NoQuorum as error:
+                problem = error
+                if self.rules.quorum is None or (self.noise is not None and self.noise.used_up):
+                    break
+                continue
+            finally:
+                self.version = 1
+            if self.noise is not None:
+                return self.noise.total(total)
+            if self.exhausted and WEIGHTS not in total:
+                raise _Exhausted("no site's budget pays for it")
+            if not total.count(WEIGHTS) > 0:
+                raise RunError(f"round {round} has no row at any site; nothing was learnt")
+            return total
+        raise RunError(f"{problem}; the state after round {round - 1} is kept, and resume goes on from it") from problem
+
+    def _chosen(self, round: int, members: Sequence[str], seed: int) -> list[str]:
+        members = [name for name in members if name not in self.exhausted]
+        if not members and self.exhausted:
+            raise _Exhausted("no site's budget pays for it")
+        return self.strategy.choose(round, members, number_of(self.rules.sample, len(members), "sample"), seed)
+
+    def _values(self, noise_sites: int) -> dict[str, Any]:
+        rules = self.rules
+        values: dict[str, Any] = {"rounds": rules.rounds, "epochs": self.plan.epochs, "steps": self.plan.steps}
+        values |= {"seconds": rules.seconds} if rules.seconds is not None else {}
+        values |= {"keep_optimizer": True} if rules.keep_optimizer else {}
+        values |= {"wide": True} if sum(self.rows.values()) > MOST_FINE else {}
+        return values if self.noise is None else values | self.noise.values(noise_sites)
+
+    def _set_weights(self, weights: Tensor, round: int) -> None:
+        model = dict(self.state.model)
+        for (name, tensor), part in zip(self.shared.items(), self.layout.views(weights), strict=True):
+            model[name] = part.to(tensor.device, tensor.dtype)
+        self._tie(model)
+        self.state = replace(self.state, model=model, extras={"strategy": dict(self.memory)}, position=Position(round, round, 0))
+
+    def _tie(self, model: dict[str, Tensor]) -> None:
+        """Names that share one tensor in the model share it in the state."""
+        first: dict[int, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            owner = first.setdefault(id(tensor), name)
+            if owner != name and (name in self.shared or owner in self.shared):
+                model[name] = model[owner] if owner in self.shared else model[name]
+
+    def summary(self, order: Order, update: Update) -> dict[str, Any]:
+        """What is told of one site's update: its loss, or its figures."""
+        if order.kind == "evaluate":
+            return scalars(self.read(update))
+        if order.kind != "train" or not update.count(LOSS) > 0:
+            return {}
+        return {"count": update.count(LOSS), "loss": float(update.mean(LOSS)[LOSS])}
+
+    def _told(self, order: Order, reply: Reply) -> dict[str, Any]:
+        """The summary of a reply, which a rank may have made already."""
+        given = reply.values.get("summary")
+        return dict(given) if given is not None else self.summary(order, reply.update) if reply.update is not None else {}
+
+    # ---------------------------------------------------------- evaluation
+
+    def _evaluate(self, round: int) -> bool:
+        """Figures after a round, where they are due; whether they are the best so far."""
+        every = self.plan.evaluate_every or 1
+        if round % every and round < self.rules.rounds:
+            return False
+        if self.test is not None:
+            self._line({"event": "evaluate", "round": round, "split": "test", **scalars(self._tested())})
+        if not self._has("validation"):
+            return False
+        pooled, sites = self._pooled("validation")
+        if not pooled:
+            return False
+        loss = pooled["loss"]
+        if loss is None or not math.isfinite(loss):
+            raise NonFinite(
+                f"validation loss (={loss}) is not finite after round {round}; lower the learning rate. The last state is untouched."
+            )
+        better = self.best is None or loss < self.best["loss"] - self.plan.min_delta
+        self.bad = 0 if better else self.bad + 1
+        if better:
+            self.best = {"step": round, "round": round, **scalars(pooled)}
+            if self.plan.keeps_best:
+                self.best_model = clone(dict(self.state.model))
+        self._line({"event": "evaluate", "round": round, "split": "validation", **scalars(pooled), "sites": sites, "best": better})
+        return better and self.plan.keeps_best
+
+    def _has(self, split: str) -> bool:
+        return split in self.splits
+
+    splits: frozenset[str] = frozenset()  # that sites hold rows of beside those to train on
+
+    def _tested(self) -> dict[str, Any]:
+        assert self.test is not None
+        engine.load_model(self.model, self.state.model)
+        return engine.evaluate(self.task, self.model, self.test)
+
+    def _pooled(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Figures over the rows of all sites, from sums that each site sends, and those of each site."""
+        round = self.state.position.step
+        weights = self.layout.flat(self.state.model[name] for name in self.layout.shapes).cpu()
+        sites: dict[str, Any] = {}
+
+        def heard(order: Order, reply: Reply) -> None:
+            if told := self._told(order, reply):
+                sites[reply.site] = told
+
+        members = [name for name in self.transport.members(round) if name in self.rows]
+        quorum = None if self.rules.quorum is None else 1
+        total = self._send(self._order("evaluate", round, {WEIGHTS: weights}, split=split), members, quorum, heard)
+        return self.read(total), dict(sorted(sites.items()))
+
+    def read(self, update: Update) -> dict[str, Any]:
+        """Figures from sums; none where nothing was evaluated."""
+        sums = {name.removeprefix("metric:"): update.sums(name) for name in update.groups}
+        return figures(sums, self.task.metrics(self.schema)) if "loss" in sums else {}
+
+    def _line(self, event: dict[str, Any]) -> None:
+        self.history.append(event)
+        if self.folder is not None:
+            self.folder.line(event)
+        self.emit(event)
+
+    # ---------------------------------------------------------------- end
+
+    def end(self) -> Run:
+        """Final figures, with the best round's weights where a best is kept."""
+        if self.best_model is not None:
+            self.state = replace(self.state, model=self.best_model)
+        engine.load_model(self.model, self.state.model)
+        splits: dict[str, Any] = {}
+        sites: dict[str, Any] = {}
+        if self.stopped != "signal":
+            if self.test is not None:
+                splits["test"] = self._tested()
+            for split in ("validation", "test"):
+                if self._has(split):
+                    splits[split], sites = self._pooled(split)
+            if not self.splits and self.noise is None and len(self.rows) <= MOST_LOOKED_AT:
+                splits["train"], sites = self._pooled("train")
+        result = {
+            "stopped": self.stopped,
+            "signal": self.signal,
+            "steps": self.state.position.step,
+            "rounds": self.state.position.step,
+            "seconds": time.monotonic() - self.started,
+            "best": self.best,
+            "bytes": dict(self.bytes),
+            "sites": sites,
+            "fairness": fairness(sites),
+            "splits": splits,
+        }
+        if self.noise is not None:
+            result["privacy"] = {"epsilon": self.noise.epsilon, "delta": self.noise.privacy.delta, "steps": self.noise.spent}
+        elif isinstance(self.privacy, ExamplePrivacy):
+            spent = max(self.epsilons.values(), default=0.0)
+            result["privacy"] = {
+                "epsilon": spent if math.isfinite(spent) else None,
+                "delta": self.privacy.delta,
+                "sites": dict(self.epsilons),
+            }
+        if self.folder is not None and self.stopped != "signal":
+            self.folder.finish(result)
+        return Run(self.task, self.model, self.state, self.record, self.history, result, None if self.folder is None else self.folder.path)
+
+
+class _Exhausted(RunError):
+    """No budget is left."""
+
+
+class _NoQuorum(RunError):
+    """Too few sites answered."""
