@@ -70,7 +70,7 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
     [
         (
             "tabluar",
-            "task (='tabluar') is not known; ready tasks are image, tabular, text-cnn, text-rnn, text-transformer, hf; your own is file.py:Class or module:Class",
+            "task (='tabluar') is not known; ready tasks are image, tabular, text-cnn, text-rnn, text-transformer, hf, pca; your own is file.py:Class or module:Class",
         ),
         ("{folder}/t.py", "names a file but no class; write {folder}/t.py:ClassName"),
         ("{folder}/none.py:T", "task file (='{folder}/none.py') does not exist"),

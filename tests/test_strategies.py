@@ -671,3 +671,32 @@ def test_a_strategy_of_ones_own_is_one_small_class() -> None:
     assert np.abs(found - learnt(SignSGD(), rounds=101)).max() == pytest.approx(0.1)
     majority = np.array([0.5, 3.0, -6.0])  # of most, which has more than half of the rows
     assert np.abs(found - majority).max() < 0.11
+
+
+def test_the_best_round_is_looked_at_with_what_sites_kept_then(tmp_path: Path) -> None:
+    """Local heads of a later round would not fit the best round's shared layers."""
+    options: dict[str, Any] = {"strategy": FedAvg(personal=("layers.3.*",)), "validation": 0.3, "batch_size": 8, "seed": 3}
+    coins = np.random.default_rng(0)  # there is nothing to learn, so what is learnt does harm
+    rows = {
+        name: table(60, seed).set_column(4, "target", pa.array(coins.choice(["yes", "no"], 60)))
+        for name, seed in (("north", 1), ("south", 2), ("west", 3))
+    }
+    task = Wild(hidden=(8,), dropout=0.0)
+    run = anyfit.federate(task, rows, target="target", rounds=12, best=True, run=tmp_path / "r", **options)
+    best = run.result["best"]["round"]
+    assert best < 12, "the last round is the best, so this says nothing"
+    lines = {line["round"]: line for line in run.history if line["event"] == "evaluate"}
+    assert run.result["splits"]["validation"]["loss"] == pytest.approx(lines[best]["loss"], rel=1e-6)
+    assert run.result["sites"] == lines[best]["sites"]
+    kept = {path.name for path in (tmp_path / "r/sites").iterdir()}
+    assert {f"north.{best:07d}.safetensors", "north.0000012.safetensors"} <= kept
+
+
+class Wild(anyfit.Tabular):
+    """Learns too fast, so that the validation loss rises again."""
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def build_schedule(self, optimizer: Any, total_steps: int) -> None:
+        return None

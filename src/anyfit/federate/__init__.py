@@ -5,10 +5,13 @@ rounds (what a federation does), by rules and with noise, over transport (what c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from anyfit import data, machine
 from anyfit.codec import Codec
@@ -103,6 +106,8 @@ def federate(
         check_comparable(chosen, seconds, some or (not isinstance(privacy, SitePrivacy) and len(named) <= MOST_LOOKED_AT))
     guard = Guard(limits, Codec.of(compress), privacy if isinstance(privacy, SitePrivacy) else None)
     rank, ranks = ranks_of()
+    if ranks > 1 and final.device == "auto" and torch.cuda.is_available():  # each rank its own
+        final = final.updated(device=f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
     if ranks > 1 and chosen.needs == "each":
         raise InputError(f"{chosen.name} needs each site's update, but ranks tell each other sums only; run it in one process")
     folder = None if run is None or rank else Folder(Path(run), resume=resume)

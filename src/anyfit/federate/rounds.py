@@ -424,7 +424,10 @@ class Federation:
     def _forget(self) -> None:
         """What sites remember is kept as it is now, and as it was at the checkpoints that a resume may start from."""
         if self.memories is not None:
-            self.memories.commit((*self.saves, self.state.position.step) if self.memories.on_disk else (self.state.position.step,))
+            kept = [self.state.position.step, *(self.saves if self.memories.on_disk else ())]
+            if self.best is not None and self.plan.keeps_best:  # its weights belong with what sites kept to themselves then
+                kept.append(self.best["round"])
+            self.memories.commit(kept)
 
     def _newcomers(self, round: int) -> Sequence[str]:
         members = self.transport.members(round)
@@ -597,9 +600,11 @@ class Federation:
         engine.load_model(self.model, self.state.model)
         return engine.evaluate(self.task, self.model, self.test)
 
-    def _pooled(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Figures over the rows of all sites, from sums that each site sends, and those of each site."""
-        round = self.state.position.step
+    def _pooled(self, split: str, at: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Figures over the rows of all sites, from sums that each site sends, and those of each site; with what sites kept to
+        themselves after round `at` (None: the last).
+        """
+        round = self.state.position.step if at is None else at
         weights = self.layout.flat(self.state.model[name] for name in self.layout.shapes).cpu()
         sites: dict[str, Any] = {}
 
@@ -607,7 +612,7 @@ class Federation:
             if told := self._told(order, reply):
                 sites[reply.site] = told
 
-        members = [name for name in self.transport.members(round) if name in self.rows]
+        members = [name for name in self.transport.members(self.state.position.step) if name in self.rows]
         quorum = None if self.rules.quorum is None else 1
         total = self._send(self._order("evaluate", round, {WEIGHTS: weights}, split=split), members, quorum, heard)
         return self.read(total), dict(sorted(sites.items()))
@@ -627,8 +632,9 @@ class Federation:
 
     def end(self) -> Run:
         """Final figures, with the best round's weights where a best is kept."""
-        if self.best_model is not None:
-            self.state = replace(self.state, model=self.best_model)
+        at: int | None = None
+        if self.best_model is not None and self.best is not None:
+            self.state, at = replace(self.state, model=self.best_model), self.best["round"]
         engine.load_model(self.model, self.state.model)
         splits: dict[str, Any] = {}
         sites: dict[str, Any] = {}
@@ -637,9 +643,9 @@ class Federation:
                 splits["test"] = self._tested()
             for split in ("validation", "test"):
                 if self._has(split):
-                    splits[split], sites = self._pooled(split)
+                    splits[split], sites = self._pooled(split, at)
             if not self.splits and self.noise is None and len(self.rows) <= MOST_LOOKED_AT:
-                splits["train"], sites = self._pooled("train")
+                splits["train"], sites = self._pooled("train", at)
         result = {
             "stopped": self.stopped,
             "signal": self.signal,
