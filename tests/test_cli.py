@@ -590,6 +590,7 @@ def test_rounds_are_needed_where_nothing_is_resumed(anyfit: Run, adults: Path) -
     assert site.code == 2 and "must begin with example:" in site.err
 
 
+@pytest.mark.slow  # tests/test_simulation.py has ranks without the command line
 def test_ranks_of_torchrun_share_the_sites(adults: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "anyfit"]
     options = [*DEALT, "--partition", "iid", "--num-sites", "5", "--rounds", "2", "--test", "0.2", "--compare", "--json"]
