@@ -172,3 +172,24 @@ def test_a_layout_takes_tensors_apart_and_together() -> None:
         assert torch.equal(view, tensor)
     assert Layout.of({**named, "b": named["b"].double()}).dtype == torch.float64
     assert len({layout.hash(), Layout.of({"w": named["w"]}).hash(), Layout.of({**named, "b": torch.zeros(1)}).hash()}) == 3
+
+
+@given(st.lists(st.tuples(NUMBERS, st.floats(-1e3, 1e3)), min_size=1, max_size=5), st.sampled_from([FINE, WIDE]))
+def test_sums_that_wait_for_their_scale_are_those_that_have_it(rows: list[tuple[float, float]], exponents: tuple[int, ...]) -> None:
+    """In float64 before anything is rounded, so that float32 means lose nothing by being multiplied."""
+    total, later = Total(), Update()
+    for value, scale in rows:
+        part = Update.of("g", {"w": torch.tensor([value], dtype=torch.float32)}, 1.0, exponents, scale=scale)
+        total.add(part)
+        later = later + part
+    expected = math.fsum(float(torch.tensor(value, dtype=torch.float32)) * scale for value, scale in rows)
+    assert bits(total.update()) == bits(later)
+    assert later.sums("g")["w"].item() == pytest.approx(expected, rel=1e-12, abs=1e-11)
+
+
+def test_a_negative_scale_does_not_hide_what_is_too_large() -> None:
+    part = Update.of("g", {"w": torch.tensor([2.0**21])}, 1.0, scale=-1.5)
+    total = Total()
+    total.add(part)
+    with pytest.raises(NonFinite, match="passes what fixed point can hold"):
+        total.add(part)

@@ -109,19 +109,20 @@ class Guard:
             )
         if not group.count > 0:
             raise Refused("the update has a count of 0, so its change of weights has no mean")
-        mean, count = group.sums[WEIGHTS] / float(group.count), float(group.count)
+        count = float(group.count)
+        mean = group.sums[WEIGHTS] if group.scale == count else group.sums[WEIGHTS] * (group.scale / count)
         if self.limits.norm is not None and (norm := float(torch.linalg.vector_norm(mean.double()))) > self.limits.norm:
             raise Refused(f"the change of weights has the norm {norm:.4g}, more than this site lets out ({self.limits.norm:g})")
         groups = dict(update.groups)
         if self.privacy is not None:
             mean, groups = self._private(order, mean, seed)
             count = 1.0
-        groups[WEIGHTS] = Group({WEIGHTS: mean * count}, count, group.exponents)
+        groups[WEIGHTS] = Group({WEIGHTS: mean}, count, group.exponents, scale=count)
         size = Update(groups).size_bytes()
         if self.codec is not None:
             whole = mean.numel() * mean.element_size()
             mean, encoded = self._encoded(order, mean, seed, memory)
-            groups[WEIGHTS] = Group({WEIGHTS: mean * count}, count, group.exponents)
+            groups[WEIGHTS] = Group({WEIGHTS: mean}, count, group.exponents, scale=count)
             size += encoded - whole
         return Update(groups), size
 
@@ -211,6 +212,8 @@ def _check_names(update: Update, known: Collection[str], problem: str) -> None:
 
 
 def _check_numbers(name: str, group: Group, rows: int | None) -> None:
+    if not math.isfinite(group.scale):
+        raise Refused(f"{name} is scaled by {group.scale}, which is no number")
     if not math.isfinite(group.count) or group.count < 0:
         raise Refused(f"{name} has the count {group.count}, which is no number of rows")
     if rows is not None and group.count > rows:

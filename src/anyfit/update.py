@@ -35,8 +35,8 @@ CPU = torch.device("cpu")
 TICKS = 2**20  # counts, which may be sums of sample weights, are whole numbers of 1 / TICKS
 
 
-def _encode(values: Tensor, exponents: tuple[int, ...]) -> tuple[Tensor, float]:
-    """(*shape) floats -> (limbs, *shape) whole numbers, exact but for the last limb, which rounds; and what none of them exceeds.
+def _encode(values: Tensor, exponents: tuple[int, ...], scale: float = 1.0) -> tuple[Tensor, float]:
+    """(*shape) floats times `scale` -> (limbs, *shape) whole numbers, exact but for the last limb, which rounds; and what none of them exceeds.
 
     They are float64 still: so small that a few additions are exact, and converting costs more than adding.
     """
@@ -44,16 +44,18 @@ def _encode(values: Tensor, exponents: tuple[int, ...]) -> tuple[Tensor, float]:
     largest = 0.0
     if rest.numel():
         low, high = rest.aminmax()  # a NaN comes through
-        largest = max(-low.item(), high.item())
+        largest = max(-low.item(), high.item()) * abs(scale)
     if not largest < 2.0 ** (exponents[0] + 62):
         problem = "is not finite" if not largest < float("inf") else f"reaches {largest:.3g}, which fixed point cannot hold"
         raise NonFinite(f"a sum in an update {problem}; clip the update or lower the learning rate")
     limbs = []
+    if len(exponents) > 1 and scale != 1:
+        rest *= scale
     for exponent in exponents[:-1]:
         limb = torch.trunc(rest * 2.0**-exponent)
         rest -= limb * 2.0**exponent
         limbs.append(limb)
-    limbs.append(rest.mul_(2.0 ** -exponents[-1]).round_())
+    limbs.append(rest.mul_(2.0 ** -exponents[-1] * (scale if len(exponents) == 1 else 1)).round_())
     gap = exponents[0] - exponents[1] if len(exponents) > 1 else 0
     return torch.stack(limbs) if len(limbs) > 1 else limbs[0][None], max(largest * 2.0 ** -exponents[0], 2.0**gap) + 1
 
@@ -65,12 +67,15 @@ def _decode(limbs: Tensor, exponents: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sums that share one denominator. `fixed` tells whether they are limbs of fixed point already."""
+    """Sums that share one denominator. `fixed` tells whether they are limbs of fixed point already; if not, they are what stands here
+    times `scale` (means, where that is the count).
+    """
 
     sums: Mapping[str, Tensor]
     count: float | Fraction
     exponents: tuple[int, ...] = FINE
     fixed: bool = False
+    scale: float = 1.0
 
     def encoded(self) -> Group:
         """The same sums in fixed point."""
@@ -80,13 +85,16 @@ class Group:
             raise NonFinite(f"the count (={self.count}) of an update is not finite; look at the sample weights")
         count = Fraction(round(self.count * TICKS), TICKS)  # sums of sample weights must not depend on order either
         return Group(
-            {name: _encode(value, self.exponents)[0].to(torch.int64) for name, value in self.sums.items()}, count, self.exponents, True
+            {name: _encode(value, self.exponents, self.scale)[0].to(torch.int64) for name, value in self.sums.items()},
+            count,
+            self.exponents,
+            True,
         )
 
     def decoded(self) -> dict[str, Tensor]:
         """The sums as float64."""
         if not self.fixed:
-            return {name: value.detach().to("cpu", torch.float64) for name, value in self.sums.items()}
+            return {name: value.detach().to("cpu", torch.float64) * self.scale for name, value in self.sums.items()}
         return {name: _decode(value, self.exponents) for name, value in self.sums.items()}
 
     def __add__(self, other: Group) -> Group:
@@ -111,9 +119,9 @@ class Update:
     groups: Mapping[str, Group] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, group: str, sums: Mapping[str, Tensor], count: float, exponents: tuple[int, ...] = FINE) -> Update:
-        """An update of one group."""
-        return cls({group: Group(dict(sums), count, exponents)})
+    def of(cls, group: str, sums: Mapping[str, Tensor], count: float, exponents: tuple[int, ...] = FINE, scale: float = 1.0) -> Update:
+        """An update of one group; its sums are those given times `scale`."""
+        return cls({group: Group(dict(sums), count, exponents, scale=scale)})
 
     def __add__(self, other: Update) -> Update:
         groups = dict(self.groups)
@@ -186,7 +194,7 @@ class Total:
             raise NonFinite(f"the count (={group.count}) of an update is not finite; look at the sample weights")
         have, sums = self._sums.get(name, {}), {}
         for key, given in group.sums.items():
-            value, bound = (given.clone(), _largest(given)) if group.fixed else _encode(given, group.exponents)
+            value, bound = (given.clone(), _largest(given)) if group.fixed else _encode(given, group.exponents, group.scale)
             if key in have:
                 if have[key].shape != value.shape:
                     shapes = f"{tuple(have[key].shape[1:])} and {tuple(value.shape[1:])}"

@@ -460,7 +460,7 @@ class Turn:
     def update(self, change: Tensor, count: float | None = None) -> Update:
         """An update of the change (P,), counted by the site's rows, with the loss of this turn."""
         count = self.rows if count is None else count
-        update = Update.of(WEIGHTS, {WEIGHTS: change * count}, count, GRADIENTS if self.order.values.get("wide") else FINE)
+        update = Update.of(WEIGHTS, {WEIGHTS: change}, count, GRADIENTS if self.order.values.get("wide") else FINE, scale=count)
         if self.loss is None or self._worker.privacy is not None or self._worker.guard.privacy is not None:
             return update  # a loss is not covered by any noise
         return update.joined(Update.of(LOSS, {LOSS: torch.tensor(self.loss * count, dtype=torch.float64)}, count, WIDE))
