@@ -21,7 +21,7 @@ PYTHON ?= $(firstword $(foreach name,$(NAMES),$(shell $(name) -c '$(PROBE)' 2>/d
 PINNED_TORCH = $(shell grep '^torch==' constraints.txt)
 TORCH_SPEC = $(if $(TORCH),$(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH)),$(PINNED_TORCH))
 
-.PHONY: help setup demo test test-full check format docs bench bench-text bench-federation bench-large clean
+.PHONY: help setup demo test test-full check format docs bench bench-text bench-federation bench-rounds bench-large clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-23s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench-text: $(READY) ## text models against raw loops and other trainers
 
 bench-federation: $(READY) ## rounds of a federation against loops by hand and Flower
 	@$(PY) benchmarks/federation.py $(ARGS)
+
+bench-rounds: $(READY) ## rounds to 0.97 on MNIST over sites of two digits each
+	@$(PY) benchmarks/mnist_rounds.py $(ARGS)
 
 bench-large: $(READY) ## memory on a CSV of 5 GB
 	@$(PY) benchmarks/large.py $(ARGS)

@@ -432,7 +432,8 @@ def test_one_file_is_dealt_to_sites_compared_and_reported(anyfit: Run, adults: P
     done = anyfit(*DEALT, "--partition", "quantity:0.5", "--num-sites", 3, "--rounds", 4, "--test", 0.3, "--compare", "--run", "r", *SILENT)
     assert done.code == 0 and done.err == ""
     found = done.json
-    assert set(found["sites"]) == {"site-0", "site-1", "site-2"} and sum(site["rows"] for site in found["sites"].values()) == 400
+    assert set(found["sites"]) == {"site-0", "site-1", "site-2"}
+    assert sum(site["rows"] for site in found["sites"].values()) + found["test"]["rows"] == 400
     assert found["sites"]["site-0"]["accuracy"] <= found["fairness"]["accuracy"]["highest"]
     assert found["compared"] == {"figure": "accuracy", "split": "test"}
     assert [line["what"] for line in found["comparison"]][:2] == ["federated", "pooled rows"]
@@ -454,7 +455,9 @@ def test_a_person_sees_a_line_for_each_round_and_a_table_of_sites(anyfit: Run, a
     rounds = [line for line in done.err.splitlines() if line.strip().startswith("round")]
     assert len(rounds) == 3 and all("loss" in line and "of 4 sites" in line and "kB up" in line for line in rounds)
     assert any("missing: site-" in line for line in rounds)
-    assert "4 sites, 400 rows: site-0 100" in done.err
+    sites = json.loads(Path("runs/tabular-1/run.json").read_text())["sites"]
+    rows = sum(site["rows"] for site in sites.values())  # without those held back to test on
+    assert 200 < rows < 400 and f"4 sites, {rows} rows: site-0 {sites['site-0']['rows']}, " in done.err
     lines = done.out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("site-")] == ["site-0", "site-1", "site-2", "site-3"]
     assert any(line.startswith("over sites") for line in lines)
@@ -506,6 +509,40 @@ def test_a_resumed_federation_goes_on_with_its_rules(anyfit: Run, adults: Path, 
     assert other.code == 2 and "has the strategy" in other.err
 
 
+def test_a_resumed_federation_knows_its_columns_its_limits_and_its_faults(anyfit: Run, adults: Path, tmp_path: Path) -> None:
+    lines = adults.read_text().splitlines()
+    for name, part in (("a", lines[1:200]), ("b", lines[200:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *part]).replace(",", "|").replace("?", "unknown") + "\n")
+    base = ("federate", "tabular", "--site", "a.csv", "--site", "b.csv", "--run", "r", *SILENT)
+    roles = ("--target", "income", "--ignore", "age", "--type", "job=categorical")
+    read = ("--source", "delimiter=|", "--source", "missing=unknown")
+    other = ("--min-cells", 3, "--max-norm", 100, "--dropout", 0.2, "--quorum", 1, "--straggle", 0.5, "--delay", 0.1, "--join", "b=2")
+    assert anyfit(*base, *roles, *read, *other, "--rounds", 2, "--batch-size", 16).code == 0
+    before = json.loads((tmp_path / "r/run.json").read_text())
+    more = anyfit(*base, "--resume", "--rounds", 3, "--delay", 0.2)
+    assert more.code == 0 and more.json["rounds"] == 3
+    after = json.loads((tmp_path / "r/run.json").read_text())
+    assert after["schema"] == before["schema"] and after["source"] == before["source"]
+    assert after["limits"] == before["limits"] and after["limits"]["cells"] == 3 and after["limits"]["norm"] == 100
+    assert after["faults"] == {**before["faults"], "delay_s": 0.2} and after["faults"]["joins"] == {"b": 2}
+
+
+def test_ctrl_c_in_a_comparison_says_what_is_kept(adults: Path, tmp_path: Path) -> None:
+    import signal
+
+    options = ("--partition", "iid", "--num-sites", 20, "--rounds", 2, "--epochs", 20, "--test", 0.2, "--compare", "--run", "r", "--json")
+    command = [sys.executable, "-m", "anyfit", *map(str, (*DEALT, *options))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None and process.stdout is not None
+        assert any("for comparison" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        told, err = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 130
+    assert "stopped by a signal; all rounds are complete" in err and "go on with: --run r --resume --compare" in err
+    assert json.loads(told) == {"run": "r", "stopped": "signal"}
+    assert json.loads((tmp_path / "r/result.json").read_text())["rounds"] == 2
+
+
 def test_local_work_by_time_goes_on_by_time(anyfit: Run, adults: Path, tmp_path: Path) -> None:
     base = (*DEALT, "--partition", "iid", "--num-sites", 2, "--run", "r", *SILENT)
     assert anyfit(*base, "--rounds", 1, "--seconds", 0.05).code == 0
@@ -521,7 +558,9 @@ def test_privacy_of_sites_and_of_examples(anyfit: Run, adults: Path) -> None:
     more = anyfit(*sites, "--run", "s", "--resume", "--rounds", 3, *SILENT)  # as private as before: its noise was calibrated then
     assert more.code == 0 and more.json["privacy"]["epsilon"] <= 6
     seen = anyfit(*sites, "--privacy", "site:noise_multiplier=2,delta=1e-2")
-    assert "epsilon" in next(line for line in seen.err.splitlines() if line.strip().startswith("round 1"))
+    first = next(line for line in seen.err.splitlines() if line.strip().startswith("round 1"))
+    told = json.loads(Path("runs/tabular-1/metrics.jsonl").read_text().splitlines()[0])
+    assert "epsilon" in first and f"  {told['answered']} sites  " in first  # how many of how many is told to nobody
     assert "at delta 0.01" in seen.out
     fitted = ("fit", "tabular", "--data", adults, "--target", "income", "--steps", 5, "--batch-size", 20, "--run", "e", *SILENT)
     example = anyfit(*fitted, "--privacy", "example:clip=1,epsilon=4,delta=1e-3")
@@ -536,6 +575,17 @@ def test_sites_that_come_late_or_too_late(anyfit: Run, adults: Path) -> None:
     assert "site site-2 joins in round 2" in late.err and "joined in round 2" in late.out
     slow = anyfit(*base, "--straggle", 1.0, "--delay", 100, "--deadline", 50, "--quorum", 1, "--run", "slow")
     assert slow.code == 1 and "0 of 3 sites answered in round 1" in slow.err
+
+
+def test_a_delay_of_no_site_and_a_chance_beside_names_are_refused(adults: Path) -> None:
+    from anyfit.errors import InputError
+    from anyfit.federate import Faults, federate
+    from anyfit.tasks import Tabular
+
+    with pytest.raises(InputError, match="delay_s of Faults names 'mars', which is no site; there are: adults"):
+        federate(Tabular(), [adults], rounds=1, target="income", faults=Faults(delay_s={"mars": 1.0}))
+    with pytest.raises(InputError, match=r"needs delay_s .* one number for all sites, not {'adults': 1.0}"):
+        Faults(straggle=0.5, delay_s={"adults": 1.0})
 
 
 def test_limits_of_a_site_are_kept(anyfit: Run, adults: Path) -> None:
@@ -567,6 +617,13 @@ BAD_FEDERATIONS = {
     "large sample": (("--site", "adults.csv", "--sample", 1.5), "sample (=1.5) must be a whole number of sites"),
     "bad codec": (("--site", "adults.csv", "--compress", "zip"), "compress (='zip') must be one of"),
     "bad dropout": (("--site", "adults.csv", "--dropout", 2), "dropout (=2.0) of Faults must be a chance"),
+    "straggle alone": (("--site", "adults.csv", "--straggle", 0.5), "straggle (=0.5) of Faults needs delay_s (--delay) above 0"),
+    "delay alone": (("--site", "adults.csv", "--delay", 5), "delay_s (=5.0) of Faults needs straggle (--straggle)"),
+    "negative delay": (("--site", "adults.csv", "--straggle", 0.5, "--delay", -1), "delay_s (=-1.0) of Faults must be seconds from 0 up"),
+    "strategy lacks a field": (
+        ("--site", "adults.csv", "--strategy", "singlesite"),
+        "strategy (='singlesite') lacks site; write singlesite:site=NAME",
+    ),
     "unknown joiner": (("--site", "adults.csv", "--join", "mars=2"), "names 'mars', which is no site"),
     "two kinds of work": (("--site", "adults.csv", "--seconds", 1, "--epochs", 1), "excludes epochs and steps"),
     "validation": (("--site", "adults.csv", "--validation", 1.5), "validation (=1.5) must be a fraction"),

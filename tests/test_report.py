@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from anyfit.errors import InputError
+from anyfit.federate.rules import fairness
 from anyfit.report import summary, write_report
 from anyfit.report.plots import _COLOURS, _GRID, _INK, _MUTED, _PAPER, _quantile, _smooth, _thin
 
@@ -373,6 +374,61 @@ def test_traffic_and_metrics_of_each_site_are_shown_where_told(tmp_path: Path) -
     text = Page(write_report(run)).text
     assert "2.5 kB" in text
     assert "last test accuracy" in text
+
+
+def cells_of(path: Path) -> dict[str, list[str]]:
+    """The texts of each row in the part about sites, by the first."""
+    part = path.read_text().split("<h2>Sites</h2>")[1].split("</section>")[0]
+    rows = [re.findall(r"<t[hd].*?</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", part)]
+    return {found[0]: found[1:] for row in rows if (found := [re.sub("<[^>]*>", "", cell) for cell in row])}
+
+
+def test_rows_of_a_site_are_those_it_trains_on(tmp_path: Path) -> None:
+    run = federated(tmp_path / "run", 2, rounds=1)
+    held_back = {"hospital 0": {"rows": 30, "accuracy": 0.75}, "hospital 1": {"rows": 10, "accuracy": 0.5}}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "evaluate", "round": 1, "split": "validation", "loss": 0.5, "sites": held_back}) + "\n")
+    cells = cells_of(write_report(run))
+    assert cells["hospital 0"][:3] == ["50", "26.3%", "1"]
+    assert cells["hospital 1"][:3] == ["140", "73.7%", "1"]
+
+
+def test_where_sites_are_protected_the_page_does_not_say_who_took_part(tmp_path: Path) -> None:
+    run, events = federated(tmp_path / "run", 3), []
+    for round in range(1, 4):
+        told = {f"hospital {index}": {"loss": 0.5, "accuracy": 0.7 + 0.1 * index} for index in range(3)}
+        line = {"sites": {}, "answered": 2, "epsilon": 0.5 * round, "clip": 1.0, "bytes_up": 100, "bytes_down": 300}
+        events += [{"event": "round", "round": round, **line}]
+        events += [{"event": "evaluate", "round": round, "split": "validation", "loss": 0.5, "accuracy": 0.8, "sites": told}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / "run.json").write_text(json.dumps(record_of("federate", sites={f"hospital {index}": {"rows": 100} for index in range(3)})))
+    cells = cells_of(write_report(run))
+    assert cells["hospital 2"][:3] == ["100", "33.3%", "\N{EN DASH}"]
+    assert "0.9000" in cells["hospital 2"]
+
+
+@pytest.mark.parametrize(("columns", "more"), [(5, None), (6, "1 more column."), (21, "16 more columns.")])
+def test_picture_of_a_comparison_has_all_rows_and_four_sites(columns: int, more: str | None, tmp_path: Path) -> None:
+    run = federated(tmp_path / "run", 2)
+    names = ["all", *(f"hospital {index}" for index in range(columns - 1))]
+    lines = [{"what": what} | {name: 0.5 + 0.01 * place for place, name in enumerate(names)} for what in ("federated", "pooled rows")]
+    result = json.loads((run / "result.json").read_text())
+    result |= {"comparison": lines, "compared": {"figure": "accuracy", "split": "test"}}
+    (run / "result.json").write_text(json.dumps(result))
+    page = Page(write_report(run))
+    picture = next(svg for svg in map(svg_of, page.loads[::2]) if "<!-- pooled rows -->" in svg)
+    assert all(f"<!-- {name} -->" in picture for name in names[:5])
+    assert not any(f"<!-- {name} -->" in picture for name in names[5:])
+    assert "accuracy on test rows." in page.text
+    assert ("The table has" in page.text) == (more is not None)
+    assert more is None or f"The table has {more}" in page.text
+
+
+def test_worst_site_has_the_lowest_score_or_the_highest_error() -> None:
+    figures = {"accuracy": 0.9, "macro_f1": 0.9, "r2": 0.9, "loss": 0.9, "rmse": 0.9, "calibration_error": 0.9, "perplexity": 0.9}
+    worst = {name: told["worst_site"] for name, told in fairness({"high": figures, "low": dict.fromkeys(figures, 0.1)}).items()}
+    scores = {"accuracy", "macro_f1", "r2"}
+    assert worst == {name: "low" if name in scores else "high" for name in figures}
 
 
 def test_losses_that_are_not_finite_are_told_and_left_out(tmp_path: Path) -> None:

@@ -637,7 +637,7 @@ def test_strategies_by_name(text: str, strategy: Strategy) -> None:
         ("average", "strategy (='average') is not known; there are: fedavg, fedavgm, fedprox"),
         ("fedavg:mu=1", "'mu' is no field of FedAvg; it has: lr, personal"),
         ("fedpca:k", "'k' is no field of FedPCA; it has: none"),
-        ("singlesite", "write singlesite:field=value"),
+        ("singlesite", "write singlesite:site=NAME"),
         ("fedprox:mu=-1", "mu (=-1.0) of FedProx must be 0 or more"),
         ("fedprox:lr=0", "lr (=0.0) of FedProx must be above 0"),
         ("fedavg:lr=-1", "lr (=-1.0) of FedAvg must be above 0"),

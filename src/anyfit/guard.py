@@ -23,9 +23,10 @@ from anyfit.update import COUNTS, FINE, GRADIENTS, WIDE, Group, Order, Update
 if TYPE_CHECKING:
     from anyfit.privacy import SitePrivacy
 
-__all__ = ["BELOW", "LOSS", "WEIGHTS", "Guard", "Limits", "Shapes"]
+__all__ = ["BELOW", "BUFFERS", "LOSS", "WEIGHTS", "Guard", "Limits", "Shapes"]
 
 WEIGHTS, LOSS = "weights", "loss"
+BUFFERS = "buffers"  # batch statistics and others that are averaged, whatever a strategy does with weights
 BELOW = "below"  # how many sites' updates were below the clip, with noise: what adaptive clipping goes by
 
 MOST_NUMBERS = 1 << 20  # of one sum whose shape nobody declared: a figure or a statistic, whose size does not grow with the rows
@@ -61,10 +62,19 @@ class Guard:
             raise InputError(f"norm (={self.limits.norm}) of the limits and the clip of the privacy exclude each other; give one of them")
 
     def release(
-        self, order: Order, update: Update, *, rows: int, shapes: Shapes | None, seed: int, memory: Any, metrics: Collection[str] = ()
+        self,
+        order: Order,
+        update: Update,
+        *,
+        rows: int,
+        shapes: Shapes | None,
+        seed: int,
+        memory: Any,
+        metrics: Collection[str] = (),
+        most: float | None = None,
     ) -> tuple[Update, int]:
         """The update as it may leave, and its size in bytes. `shapes`: what may be in it, or None, where a schema and the names of
-        `metrics` say so; `seed`: the site's own, never the order's.
+        `metrics` say so; `seed`: the site's own, never the order's; `most`: what its rows can count for (None: one each).
         """
         if rows < self.limits.rows:
             if order.kind == "evaluate":
@@ -78,7 +88,7 @@ class Guard:
         else:
             _check_names(update, _explained(update, order.values["schema"]), "no column of the schema explains")
         for name, group in update.groups.items():
-            _check_numbers(name, group, rows if order.kind != "prepare" else None)
+            _check_numbers(name, group, None if order.kind == "prepare" else rows if most is None else most)
         if order.kind == "prepare" and self.limits.cells > 1:
             update = self._without_small_cells(update)
         size = update.size_bytes()
@@ -107,9 +117,9 @@ class Guard:
             raise Refused(
                 f"limits on the norm, privacy and compression are for a change of weights, but {', '.join(sorted(group.sums))} would leave"
             )
-        if not group.count > 0:
-            raise Refused("the update has a count of 0, so its change of weights has no mean")
         count = float(group.count)
+        if group.scale != count and not count > 0:
+            raise Refused("the update has a count of 0, so its change of weights has no mean")
         mean = group.sums[WEIGHTS] if group.scale == count else group.sums[WEIGHTS] * (group.scale / count)
         if self.limits.norm is not None and (norm := float(torch.linalg.vector_norm(mean.double()))) > self.limits.norm:
             raise Refused(f"the change of weights has the norm {norm:.4g}, more than this site lets out ({self.limits.norm:g})")
@@ -188,7 +198,7 @@ def _check_shapes(update: Update, shapes: Shapes) -> None:
             if value.dtype not in (torch.float32, torch.float64):
                 raise Refused(f"{key!r} in {name!r} is of type {value.dtype}, but float32 or float64 was agreed")
     for name, keys in shapes.items():
-        if name not in update and name != LOSS:
+        if name not in update and name not in (LOSS, BUFFERS):
             raise Refused(f"the update lacks {name!r}, which was agreed")
         if name in update and (lacking := sorted(set(keys) - set(update.groups[name].sums))):
             raise Refused(f"the update lacks {lacking[0]!r} in {name!r}, which was agreed")
@@ -211,13 +221,13 @@ def _check_names(update: Update, known: Collection[str], problem: str) -> None:
                 raise Refused(f"{key!r} in {name!r} holds {value.numel():,} numbers, more than one sum may ({MOST_NUMBERS:,})")
 
 
-def _check_numbers(name: str, group: Group, rows: int | None) -> None:
+def _check_numbers(name: str, group: Group, rows: float | None) -> None:
     if not math.isfinite(group.scale):
         raise Refused(f"{name} is scaled by {group.scale}, which is no number")
     if not math.isfinite(group.count) or group.count < 0:
         raise Refused(f"{name} has the count {group.count}, which is no number of rows")
     if rows is not None and group.count > rows:
-        raise Refused(f"{name} claims {float(group.count):g} rows, but this site has {rows}")
+        raise Refused(f"{name} claims {float(group.count):g} rows, but this site has {rows:g}")
     for key, value in group.sums.items():
         if (
             value.is_floating_point()

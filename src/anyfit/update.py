@@ -32,7 +32,7 @@ COUNTS = (0,)  # whole numbers need no fraction bits
 LARGEST = 2**62  # of a limb: two of them add without wrapping
 EXACT = 2**53  # below it, whole numbers add exactly in float64
 CPU = torch.device("cpu")
-TICKS = 2**20  # counts, which may be sums of sample weights, are whole numbers of 1 / TICKS
+TICKS = 2**40  # counts, which may be sums of sample weights, are whole numbers of 1 / TICKS
 
 
 def _encode(values: Tensor, exponents: tuple[int, ...], scale: float = 1.0) -> tuple[Tensor, float]:

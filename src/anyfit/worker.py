@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -20,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from anyfit import data, engine, machine
 from anyfit.data import Batches, Partition, Rows, Source
-from anyfit.engine import Losses, Trainer, train
+from anyfit.engine import Losses, Stepped, Trainer, train
 from anyfit.errors import AnyfitError, BudgetSpent, DataError, InputError, TaskError
-from anyfit.guard import LOSS, WEIGHTS, Guard, Shapes
+from anyfit.guard import BUFFERS, LOSS, WEIGHTS, Guard, Shapes
 from anyfit.metrics import DEFAULTS
 from anyfit.prepare import Prepared, built, infer, statistics
 from anyfit.privacy import ExamplePrivacy, noise_for
@@ -169,6 +169,7 @@ class Worker:
         self._order: tuple[Order, Tensor] | None = None
         self._joined = False
         self._classes: dict[str, dict[str, int]] | None = None
+        self._heaviest: dict[str, float] = {}
 
     # ------------------------------------------------------------------ rows
 
@@ -209,7 +210,7 @@ class Worker:
     def _seed(self, site: str) -> int:
         """Of one site: sites must neither shuffle nor drop out alike."""
         if site not in self._seeds:
-            self._seeds[site] = data.mix_seed(self.plan.seed, zlib.crc32(site.encode()))
+            self._seeds[site] = data.mix_seed(self.plan.seed, int.from_bytes(hashlib.sha256(site.encode()).digest()[:8], "big"))
         return self._seeds[site]
 
     def weights(self, order: Order) -> Tensor:
@@ -218,14 +219,16 @@ class Worker:
             self._order = (order, order.tensors[WEIGHTS].to(self.device, self.layout.dtype))
         return self._order[1]
 
-    def private(self, site: Site, values: Mapping[str, Any]) -> Spending | None:
-        """How the examples of a site are protected, and what that costs it."""
+    def private(self, site: Site, values: Mapping[str, Any], memory: Mapping[str, Any]) -> Spending | None:
+        """How the examples of a site are protected, and what that costs it. Noise that was calibrated once stays: what was spent with
+        it cannot be counted at another price.
+        """
         if self.privacy is None or site.private is not None:
             return site.private
         units = None if self.privacy.unit is None else units_of(site.parts["train"], self.privacy.unit)
         count = site.rows if units is None else int(units.max()) + 1
         rate = sampling_rate(None if self.plan.batch_size is None else min(self.plan.batch_size, count), count)
-        noise = self.privacy.noise_multiplier
+        noise = memory.get("noise", self.privacy.noise_multiplier)
         if noise is None:
             assert self.privacy.epsilon is not None
             steps = int(values["rounds"]) * local_steps(values, max(1, round(1 / rate)))
@@ -253,9 +256,9 @@ class Worker:
             return Reply(name, error=f"{type(error).__name__}: {error}", seconds=time.monotonic() - begun, cause=error)
 
     def _release(
-        self, name: str, order: Order, update: Update, rows: int, shapes: Shapes | None, memory: Any, metrics: Collection[str] = ()
+        self, name: str, order: Order, update: Update, rows: int, shapes: Shapes | None, memory: Any, **known: Any
     ) -> tuple[Update, int]:
-        return self.guard.release(order, update, rows=rows, shapes=shapes, seed=self._secret_of(name), memory=memory, metrics=metrics)
+        return self.guard.release(order, update, rows=rows, shapes=shapes, seed=self._secret_of(name), memory=memory, **known)
 
     def _describe(self, name: str, order: Order) -> tuple[None, int, dict[str, Any]]:
         """Names and types of the site's columns; its rows by split, and their hash, by which a resume knows them."""
@@ -279,20 +282,25 @@ class Worker:
             self.schema = Schema.from_json(order.values["schema"])
             machine.seed_all(self.plan.seed)
             self.model = built(self.task, self.schema).to(device=self.device, dtype=getattr(torch, self.plan.dtype))
-            shared, frozen = exchanged(self.task, self.model, self.strategy, str(order.values["batch_statistics"]))
+            shared, averaged, frozen = exchanged(self.task, self.model, self.strategy, str(order.values["batch_statistics"]))
             self.layout, self.shared = Layout.of(shared), list(shared.values())
-            self.shapes = self.strategy.sends(self.layout)
+            self.buffers, self.averaged = Layout.of(averaged), list(averaged.values())
+            self.shapes = {**self.strategy.sends(self.layout), **({BUFFERS: {BUFFERS: (self.buffers.size,)}} if averaged else {})}
             with torch.no_grad():
                 for key, tensor in frozen.items():
                     if key in order.tensors and order.tensors[key].shape == tensor.shape:
                         tensor.copy_(order.tensors[key])
             named = dict([*self.model.named_parameters(), *self.model.named_buffers()])
-            own = {key: tensor for key, tensor in named.items() if key not in shared and key not in frozen}
+            own = {key: tensor for key, tensor in named.items() if key not in shared and key not in frozen and key not in averaged}
+            self.placed = self.strategy.stays(self.model) | {key for key in own if key.endswith(STATISTICS)}
             self.own, self.first = own, {key: tensor.detach().clone() for key, tensor in own.items()}
-            self._hashes = {"frozen": hash_of(frozen), "layout": self.layout.hash()}
+            self._hashes = {"frozen": hash_of(frozen), "layout": self.layout.hash() + self.buffers.hash()}
             self._joined = True
-        sources = self.sources
-        rows = sources.rows_of(name) if isinstance(sources, Partition) else self.site(name).rows
+        sources, splits = self.sources, self._validation is not None or self._test is not None or self.plan.keeps_best
+        whole = isinstance(sources, Partition) and not splits
+        rows = sources.rows_of(name) if whole else self.site(name).rows  # type: ignore[attr-defined]
+        for split in () if whole else [split for split in self.site(name).parts if split != "train"]:
+            self._batches(self.site(name), split)  # what does not fit in rows that are held back is heard of before anything is trained
         notes = {"notes": ["one class only"]} if self._one_class(name) else {}
         return None, 0, {**self._hashes, "rows": rows, **notes}
 
@@ -314,7 +322,10 @@ class Worker:
         memory = self.memories.read(name, order.round)
         turn = Turn(self, name, order, memory)
         update = self.strategy.local(turn)
-        released, size = self._release(name, order, update, turn.true_rows, self.shapes, memory)
+        if self.averaged and turn.steps:
+            moved = self.buffers.flat(self.averaged) - order.tensors[BUFFERS].to(self.device, self.buffers.dtype)
+            update = update.joined(Update.of(BUFFERS, {BUFFERS: moved}, turn.rows, GRADIENTS, scale=turn.rows))
+        released, size = self._release(name, order, update, turn.true_rows, self.shapes, memory, most=turn.most_rows)
         if memory:
             self.memories.write(name, order.round, memory)
         return released, size, turn.values()
@@ -323,19 +334,33 @@ class Worker:
         site, split = self.site(name), str(order.values["split"])
         if split not in site.parts:
             return Update(), 0, {}
-        self.place(order.tensors[WEIGHTS], self.memories.read(name, order.round + 1))
+        self.place(order, self.memories.read(name, order.round + 1))
         rows = data.num_rows(site.parts[split]) or 0
         total = Update()
         sums = engine.totals(self.task, self.model, self._batches(site, split), machine.autocast(self.plan, self.device)).sums()
         for metric, parts in sums.items():
             total = total.joined(Update.of(f"metric:{metric}", parts, float(rows), WIDE))
         named = self.task.metrics(self.schema)
-        return *self._release(name, order, total, rows, None, {}, ("loss", *(DEFAULTS if named is None else named))), {}
+        return *self._release(name, order, total, rows, None, {}, metrics=("loss", *(DEFAULTS if named is None else named))), {}
 
-    def place(self, weights: Tensor, memory: Mapping[str, Any]) -> None:
+    def heaviest(self, site: Site) -> float:
+        """The most that one row of a site can count for, from its own table: its weight, its class's, and how many targets it has."""
+        if self._heaviest.get(site.name) is None:
+            targets = [self.schema[name] for name in self.schema.targets]
+            entries = len(self.schema.classes or ()) if self.schema.multilabel else len(targets)
+            most = max(1.0, *(max(column.weights or (1.0,)) for column in targets), 1.0) * max(1, entries)
+            rows, weight = site.parts["train"], self.schema.weight
+            if weight is not None and isinstance(rows, pa.Table) and weight in rows.column_names:
+                most *= max(1.0, float(pc.max(rows[weight]).as_py() or 1.0))
+            self._heaviest[site.name] = most
+        return self._heaviest[site.name]
+
+    def place(self, order: Order, memory: Mapping[str, Any]) -> None:
         """Set the model to an order's weights, and what a site keeps to itself to what it was there."""
         with torch.no_grad():
-            torch._foreach_copy_(self.shared, self.layout.views(weights))
+            torch._foreach_copy_(self.shared, self.layout.views(self.weights(order)))
+            if self.averaged:
+                torch._foreach_copy_(self.averaged, self.buffers.views(order.tensors[BUFFERS].to(self.device, self.buffers.dtype)))
             if self.own:
                 kept = memory.get("own", {})
                 for key, tensor in self.own.items():
@@ -355,6 +380,8 @@ class Turn:
         self.weights = worker.weights(order)
         self.steps, self.loss = 0, None
         self.momentum = 0.0
+        self._per_row = 1.0
+        self._stays: list[str] = []
         self.epsilon: float | None = None  # spent at this site, where each example is protected
         self._placed = False
 
@@ -368,9 +395,16 @@ class Turn:
         return self._worker.site(self.name).rows
 
     @property
+    def most_rows(self) -> float:
+        """The most that they can count for."""
+        return self.true_rows * self._worker.heaviest(self._worker.site(self.name))
+
+    @property
     def rows(self) -> float:
-        """What this site's update counts for."""
-        return float(self.true_rows)
+        """What this site's update counts for: its rows, each by its weight, and without those that have no label. Known once it has
+        trained; before, all rows.
+        """
+        return self.true_rows * self._per_row
 
     @property
     def start(self) -> list[Tensor]:
@@ -381,7 +415,7 @@ class Turn:
     def model(self) -> nn.Module:
         """The model at the order's weights."""
         if not self._placed:
-            self._worker.place(self.weights, self.memory)
+            self._worker.place(self.order, self.memory)
             self._placed = True
         return self._worker.model
 
@@ -399,14 +433,14 @@ class Turn:
         batches, seconds = self.batches, values.get("seconds")
         site_seed = data.mix_seed(worker._seed(self.name), order.round)
         machine.seed_all(site_seed, worker.device)
-        private = worker.private(worker.site(self.name), values)
+        private = worker.private(worker.site(self.name), values, self.memory)
         per_epoch = batches.steps_per_epoch if private is None else private.steps.steps_per_epoch
         steps = None if seconds is not None else local_steps(values, per_epoch)
         if private is not None:
             self._spend(private, steps)
         total = int(values["rounds"]) * (steps or 1)
         model = self.model
-        options: dict[str, Any] = {} if private is None else {"private": private.steps}
+        options: dict[str, Any] = {} if private is None else {"private": replace(private.steps, seed=self._secret(private))}
         trainer = self.trainer = engine.make_trainer(worker.task, model, worker.plan, total, worker.device, **options)
         self._position(trainer, per_epoch or 1, steps)
         if correct is not None:
@@ -422,14 +456,30 @@ class Turn:
             if time.monotonic() >= until:
                 break
         self.steps = trainer.position.step - start
+        if private is None:
+            self._per_row = self._count_per_row(losses.events, batches)
         read = losses.read()
-        self.loss = None if read is None else read[0]
+        self.loss = None if read is None or not self._per_row else read[0]
         groups = next(iter(trainer.optimizers.values())).param_groups
         self.momentum = float(groups[0].get("momentum", 0.0))
         if values.get("keep_optimizer"):
             self.memory["optimizers"] = {key: clone(optimizer.state_dict()) for key, optimizer in trainer.optimizers.items()}
         self._keep_own()
         return self.layout.flat(self.shared).sub_(self.weights)
+
+    def _secret(self, private: Spending) -> int:
+        """Noise that hides other weights is other noise, also where a run was forked at this step."""
+        seen = hashlib.sha256(self.weights.detach().cpu().contiguous().view(torch.uint8).numpy().data).digest()
+        return (private.steps.seed << 128) | int.from_bytes(seen[:16], "big")
+
+    def _count_per_row(self, events: Sequence[Stepped], batches: Batches) -> float:
+        """The losses' denominators over the rows that they were of; a task that counts more than its rows (tokens) counts rows."""
+        size = getattr(batches, "step_size", None)
+        if size is None or batches.rows is None:
+            return 1.0
+        counts = sum(float(event.count) for event in events)
+        seen = sum(min(batches.rows, (event.offset + 1) * size) - event.offset * size for event in events)
+        return min(float(counts / max(seen, 1)), self._worker.heaviest(self._worker.site(self.name)))
 
     def _spend(self, private: Spending, steps: int | None) -> None:
         """Count the steps of this turn before they are taken; refuse what would pass the budget."""
@@ -440,20 +490,27 @@ class Turn:
             raise BudgetSpent(
                 f"{steps} more steps would pass the budget of this site (epsilon={private.asked.epsilon}, which {private.allowed} steps use up)"
             )
-        self.memory["spent"], self.epsilon = spent, private.epsilon(spent)
+        self.memory |= {"spent": spent, "noise": private.steps.noise_multiplier}
+        self.epsilon = private.epsilon(spent)
 
     def _position(self, trainer: Trainer, per_epoch: int, steps: int | None) -> None:
         """Where this turn stands in the whole federation: the order of rows and the learning rate go on from there."""
-        done = (self.order.round - 1) * (steps or 1)
+        before = self.order.round - 1
+        done = before * (per_epoch if steps is None else steps)  # by time, each round begins an epoch: else most rows never had a turn
         trainer.position = Position(done, done // per_epoch, done % per_epoch)
+        looked = before // (self._worker.plan.evaluate_every or 1)
         for schedule in trainer.schedules.values():
-            schedule.skip({"step": done, "epoch": done // per_epoch, "evaluation": 0}[schedule.every])
+            if isinstance(schedule.scheduler, ReduceLROnPlateau):
+                raise TaskError("a rate that follows the validation loss (plateau) has none to follow at a site; use another schedule")
+            passed = {"step": done, "epoch": done // per_epoch, "evaluation": looked}
+            schedule.skip(before if steps is None else passed[schedule.every])
         if steps is None:  # nobody knows how many steps there will be: rounds are what the rate goes by
             trainer.schedules = {}
 
     def _keep_own(self) -> None:
         """What the site keeps to itself, where it has changed."""
         changed = {key: tensor for key, tensor in self._worker.own.items() if not torch.equal(tensor, self._worker.first[key])}
+        self._stays = sorted(set(changed) - self._worker.placed)
         if changed:
             self.memory["own"] = {key: tensor.detach().cpu().clone() for key, tensor in changed.items()}
 
@@ -461,13 +518,14 @@ class Turn:
         """An update of the change (P,), counted by the site's rows, with the loss of this turn."""
         count = self.rows if count is None else count
         update = Update.of(WEIGHTS, {WEIGHTS: change}, count, GRADIENTS if self.order.values.get("wide") else FINE, scale=count)
-        if self.loss is None or self._worker.privacy is not None or self._worker.guard.privacy is not None:
+        if self.loss is None or not count or self._worker.privacy is not None or self._worker.guard.privacy is not None:
             return update  # a loss is not covered by any noise
         return update.joined(Update.of(LOSS, {LOSS: torch.tensor(self.loss * count, dtype=torch.float64)}, count, WIDE))
 
     def values(self) -> dict[str, Any]:
         """What is told of this turn beside the update."""
-        return {} if self.epsilon is None else {"epsilon": self.epsilon}
+        stays = {"stays": self._stays} if self._stays else {}
+        return stays if self.epsilon is None else {**stays, "epsilon": self.epsilon}
 
 
 def _correction(trainer: Trainer, places: Mapping[int, int], correct: Correct) -> Callable[[Sequence[Tensor], float], None]:
@@ -495,31 +553,31 @@ def local_steps(values: Mapping[str, Any], per_epoch: int | None) -> int:
 STATISTICS = ("running_mean", "running_var")
 
 
-def exchanged(task: Task, model: nn.Module, strategy: Strategy, batch_statistics: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """-> the tensors that sites exchange, and those that nobody changes. What is in neither stays at each site."""
-    home = strategy.stays(model)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    kept = [name for name, _ in named if name.endswith(STATISTICS) and name not in home]
-    kept = [name for name in kept if not task.shared(name, dict(named)[name])]
-    if kept and batch_statistics == "refuse":
+def exchanged(
+    task: Task, model: nn.Module, strategy: Strategy, batch_statistics: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """-> the parameters that a strategy works on, the buffers that are averaged beside them whatever the strategy, and the parameters
+    that nobody changes. What is in none of the three stays at each site.
+    """
+    home, parameters, buffers = strategy.stays(model), dict(model.named_parameters()), dict(model.named_buffers())
+    averaged = {name: tensor for name, tensor in buffers.items() if name not in home and task.shared(name, tensor)}
+    statistics = {n: tensor for n, tensor in buffers.items() if n.endswith(STATISTICS) and n not in home and n not in averaged}
+    if statistics and batch_statistics == "refuse":
         raise TaskError(
-            f"the model keeps batch statistics ({kept[0]}), which sites exchange only if told to; pass batch_statistics='aggregate' or "
-            "'local' (they stay at each site), or use a layer without (GroupNorm, LayerNorm)"
+            f"the model keeps batch statistics ({next(iter(statistics))}), which sites exchange only if told to; pass "
+            "batch_statistics='aggregate' or 'local' (they stay at each site), or use a layer without (GroupNorm, LayerNorm)"
         )
-    travels = set(kept) if batch_statistics == "aggregate" else set()
-    shared = {name: tensor for name, tensor in named if name not in home and (task.shared(name, tensor) or name in travels)}
+    averaged |= statistics if batch_statistics == "aggregate" else {}
+    shared: dict[str, Tensor] = {name: tensor for name, tensor in parameters.items() if name not in home and task.shared(name, tensor)}
     if not shared:
         raise TaskError(f"shared() of {type(task).__name__} leaves nothing to exchange; let at least one parameter through")
-    odd = next((name for name, tensor in shared.items() if not tensor.is_floating_point()), None)
+    odd = next((name for name, tensor in (*shared.items(), *averaged.items()) if not tensor.is_floating_point()), None)
     if odd is not None:
-        raise InputError(
-            f"shared() of {type(task).__name__} lets {odd} ({shared[odd].dtype}) through, which has no mean; keep it at the site"
-        )
-    parameters = dict(model.named_parameters())
+        raise InputError(f"shared() of {type(task).__name__} lets {odd} through, which has no mean; keep it at the site")
     frozen: dict[str, Tensor] = {
         name: tensor for name, tensor in parameters.items() if name not in shared and name not in home and not tensor.requires_grad
     }
-    return shared, frozen
+    return shared, averaged, frozen
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -41,6 +41,7 @@ from anyfit.cli.options import (
     Weights,
     finish,
     fraction_or_name,
+    interruptible,
     print_result,
     privacy_of,
     recorded,
@@ -110,7 +111,7 @@ def fit(
     before = recorded(folder) if resume else {}
     loaded, plan = task_and_plan(task, set, given, before)
     rows = source_of(data, target, group=group, split=split, ignore=ignore, types=type, fields=source)
-    with Progress(quiet) as progress:
+    with interruptible(folder, json, lambda: False), Progress(quiet) as progress:
         done = train(
             loaded,
             rows,

@@ -31,6 +31,7 @@ from anyfit.cli.options import (
     Weights,
     finish,
     fraction_or_name,
+    interruptible,
     pairs,
     privacy_of,
     recorded,
@@ -147,21 +148,23 @@ def federate(
     }
     rules = {**before.get("rules", {}), **{name: value for name, value in given.items() if value is not None}}
     _choose_work(rules, plan, seconds is not None, any(value is not None for value in local.values()))
-    columns = source_of("", target, group=group, split=split, ignore=ignore, types=type, fields=source)
+    columns = source_of("", target, group=group, split=split, ignore=ignore, types=type, fields=source, before=before.get("source"))
     sites = _sites(columns, site, data, partition, num_sites, int(plan.get("seed", 0)), before.get("partition", {}))
-    limits = {"rows": min_rows, "cells": min_cells, "norm": max_norm}
-    faults: dict[str, Any] = {"dropout": dropout, "straggle": straggle, "delay_s": delay}
-    faults["joins"] = {name: coerce(f"--join {name}", at, int) for name, at in pairs("--join", join).items()} or None
+    limits = _updated(before.get("limits"), {"rows": min_rows, "cells": min_cells, "norm": max_norm})
+    joins = {name: coerce(f"--join {name}", at, int) for name, at in pairs("--join", join).items()}
+    wrong = {"dropout": dropout, "straggle": straggle, "delay_s": delay, "joins": joins or None}
+    faults = _updated(before.get("faults"), wrong)
     tested = rules.pop("test", None)
-    with Rounds(quiet or os.environ.get("RANK", "0") != "0") as progress:
+    progress = Rounds(quiet or os.environ.get("RANK", "0") != "0")
+    with interruptible(folder, json, lambda: progress.complete, "--resume --compare" if compare else "--resume"), progress:
         done = train(
             loaded,
             sites,
             strategy=_strategy(strategy, before.get("strategy")),
             test=replace(columns, origin=tested, group=None, split=None) if isinstance(tested, str) else tested,
             privacy=privacy_of(privacy, ("site", "example"), before.get("privacy")),
-            limits=_made(Limits, limits),
-            faults=_made(Faults, faults, seed=int(plan.get("seed", 0))),
+            limits=Limits(**limits) if limits else None,
+            faults=Faults(**{"seed": int(plan.get("seed", 0)), **faults}) if faults else None,
             weights=weights,
             compare=compare,
             run=folder,
@@ -236,10 +239,9 @@ def _spelled(value: Any) -> str:
     return ";".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _made(cls: Any, fields: dict[str, Any], **more: Any) -> Any:
-    """An instance where any of its fields is given."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    return cls(**given, **more) if given else None
+def _updated(before: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, and what the resumed run had where nothing is."""
+    return {**(before or {}), **{name: value for name, value in given.items() if value is not None}}
 
 
 def _figures(told: dict[str, Any] | None) -> dict[str, Any]:

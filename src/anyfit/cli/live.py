@@ -36,6 +36,7 @@ class Rounds:
         self._sites: dict[str, Seen] = {}
         self._title = ""
         self._rounds = 0
+        self.complete = False  # all rounds are run and saved
 
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
@@ -52,9 +53,10 @@ class Rounds:
             self._live.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        self.complete |= kind == "stop" and event["reason"] != "signal"
         if self._quiet:
             return
-        kind = event["event"]
         self._take(kind, event)
         if kind in ("reply", "checkpoint") or (self._live is not None and kind in ("start", "round")):
             return
@@ -115,11 +117,12 @@ def _start_line(event: Mapping[str, Any]) -> str:
 
 def round_line(event: Mapping[str, Any], rounds: int | None = None) -> str:
     """One round: loss, who answered, who did not, bytes, epsilon."""
-    missing, answered = event.get("missing", []), len(event["sites"])
+    missing, answered = event.get("missing", []), event.get("answered", len(event["sites"]))
     at = f"round {event['round']}"
     parts = [f"{at:>12}" if rounds is None else f"{at} of {rounds}"]
     parts += [f"loss {event['loss']:.4f}"] if "loss" in event else []
-    parts.append(f"{answered:,} of {answered + len(missing):,} sites")
+    # where sites are protected, who did not answer is told to nobody
+    parts.append(f"{answered:,} sites" if "answered" in event else f"{answered:,} of {answered + len(missing):,} sites")
     parts.append(f"{spell_bytes(event['bytes_up'])} up, {spell_bytes(event['bytes_down'])} down")
     if "epsilon" in event:
         parts.append("epsilon infinite" if event["epsilon"] is None else f"epsilon {event['epsilon']:.3f}")

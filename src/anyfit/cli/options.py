@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +45,7 @@ __all__ = [
     "Weights",
     "finish",
     "fraction_or_name",
+    "interruptible",
     "pairs",
     "print_result",
     "privacy_of",
@@ -112,8 +115,9 @@ def source_of(
     ignore: list[str] | None = None,
     types: list[str] | None = None,
     fields: list[str] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> Source:
-    """The source that the options describe."""
+    """The source that the options describe; what a resumed run says of its columns (`before`) stands where they are silent."""
     from anyfit.data import Source
     from anyfit.values import coerce
 
@@ -129,7 +133,9 @@ def source_of(
         checked["delimiter"] = "\t"
     several = None if target is None else tuple(target.split(","))
     wanted = several[0] if several is not None and len(several) == 1 else several
-    return Source(data, wanted, group, split, tuple(ignore or ()), pairs("--type", types), **checked)
+    given = {"target": wanted, "group": group, "split": split, "ignore": tuple(ignore or ()), "types": pairs("--type", types), **checked}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in (before or {}).items()}
+    return Source(data, **{**kept, **{name: value for name, value in given.items() if value not in (None, (), {})}})
 
 
 def print_result(value: dict[str, Any], as_json: bool, show: Callable[[], object]) -> None:
@@ -138,6 +144,19 @@ def print_result(value: dict[str, Any], as_json: bool, show: Callable[[], object
         sys.stdout.write(json.dumps(value, allow_nan=False, default=str) + "\n")
     else:
         show()
+
+
+@contextmanager
+def interruptible(folder: Path, as_json: bool, complete: Callable[[], bool], again: str = "--resume") -> Iterator[None]:
+    """Ctrl-C while nothing notes it for later (a second one, or figures at the end): say what is kept, and end with its code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / "run.json").exists() and os.environ.get("RANK", "0") == "0":
+            print_result({"run": str(folder), "stopped": "signal"}, as_json, lambda: None)
+            kept = "all rounds are complete, what comes after them is missing" if complete() else "what was saved last is kept"
+            typer.echo(f"stopped by a signal; {kept}; go on with: --run {folder} {again}", err=True)
+        raise typer.Exit(130) from None
 
 
 def run_folder(run: Path | None, task: str, resume: bool) -> Path:

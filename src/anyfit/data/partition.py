@@ -6,6 +6,7 @@ iid · dirichlet:ALPHA (Hsu, Qi and Brown 2019) · shards:K (McMahan et al. 2017
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -42,9 +43,19 @@ class Partition(Mapping[str, Source]):
     """Sites by name, each a source of its rows in their order; a site's rows are gathered when they are asked for, and not kept."""
 
     def __init__(
-        self, source: Source, rows: Any, how: str, seed: int, names: list[str], sites: Whole, base: Source, classes: Classes | None
+        self,
+        source: Source,
+        rows: Any,
+        how: str,
+        seed: int,
+        names: list[str],
+        sites: Whole,
+        base: Source,
+        classes: Classes | None,
+        others: Mapping[str, Any],
     ) -> None:
         self.source, self.how, self.seed, self.names = source, how, seed, names
+        self.others = others  # the splits of the source that were not dealt
         self._rows, self._base = rows, base
         if classes is not None:
             self._classes = classes  # in place of the property
@@ -83,14 +94,24 @@ class Partition(Mapping[str, Source]):
     def ignoring(self, column: str) -> Partition:
         """The same sites, for which `column` is no feature."""
         other = copy.copy(self)
-        other.source = replace(self.source, ignore=(*self.source.ignore, column))
-        other._base = replace(self._base, ignore=(*self._base.ignore, column))
+        for name in ("source", "_base"):
+            source: Source = getattr(self, name)
+            setattr(other, name, replace(source, ignore=tuple(dict.fromkeys((*source.ignore, column)))))
         return other
 
     @property
     def whole(self) -> Any:
         """All rows, as they were dealt."""
         return self._rows
+
+    def separates(self, column: str) -> bool:
+        """Whether rows of one value of a column are all at one site."""
+        if not isinstance(self._rows, pa.Table) or column not in self._rows.column_names:
+            return True  # there is nothing to separate
+        codes = self._rows[column].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        places = np.empty(len(self._order), dtype=np.int64)
+        places[self._order] = np.repeat(np.arange(len(self)), np.diff(self._starts))
+        return len(np.unique(np.stack([codes, places]), axis=1).T) == len(np.unique(codes))
 
     def indices_of(self, name: str) -> Whole:
         """(rows of the site,) which rows of the whole are there, ascending."""
@@ -136,6 +157,7 @@ class Partition(Mapping[str, Source]):
             "sites": len(self),
             "rows": len(self._order),
             "rows_per_site": {"lowest": int(sizes.min()), "median": float(np.median(sizes)), "highest": int(sizes.max())},
+            "sha256": hashlib.sha256(self._order.tobytes() + self._starts.tobytes()).hexdigest(),  # of who has which rows
             "counts": _few_classes(self._counts(picked.tolist())),
         }
 
@@ -151,7 +173,7 @@ def partition(
     numbers counts as ten classes of equal size. `split`: whose rows are dealt.
     """
     source = Source.of(origin, target)
-    rows = _read(source, split)
+    rows, others = _read(source, split)
     way, value = _way(how)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise DataError(f"seed (={seed!r}) must be a whole number from 0 up")
@@ -161,7 +183,7 @@ def partition(
                 f"num_sites (={num_sites!r}) cannot be chosen with how (={how!r}): there is a site for each value; leave it out"
             )
         names, sites, kept = _by_value(rows, source, str(value))
-        return Partition(source, kept, how, seed, names, sites, _without(source, str(value)), None)
+        return Partition(source, kept, how, seed, names, sites, _without(source, str(value)), None, others)
     total = _total(rows)
     if num_sites is None:
         raise DataError(f"num_sites is not given; how (={how!r}) needs it, e.g. partition(data, {how!r}, 10)")
@@ -184,11 +206,11 @@ def partition(
             )
         sites = _in_shards(classes[1], num_sites, int(value), generator)
     names = [f"site-{place:0{len(str(num_sites - 1))}d}" for place in range(num_sites)]
-    return Partition(source, rows, how, seed, names, sites, replace(source, split=None), classes)
+    return Partition(source, rows, how, seed, names, sites, replace(source, split=None), classes, others)
 
 
-def _read(source: Source, split: str) -> Any:
-    """The rows of a split, where they are all at hand."""
+def _read(source: Source, split: str) -> tuple[Any, dict[str, Any]]:
+    """The rows of a split, where they are all at hand, and the other splits."""
     if isinstance(source.origin, DataLoader | IterableDataset | Stream):
         raise DataError(
             f"origin (a {type(source.origin).__name__}) cannot be dealt to sites: its rows come one by one; give a table, tensors or a Dataset"
@@ -201,7 +223,8 @@ def _read(source: Source, split: str) -> Any:
         raise DataError(
             f"origin (={source.name!r}) has {rows.num_rows:,} rows on disk, too many to be dealt in memory; give each site a file of its own"
         )
-    return rows.combine_chunks() if isinstance(rows, pa.Table) else rows  # to take rows from many chunks is slow
+    whole = rows.combine_chunks() if isinstance(rows, pa.Table) else rows  # to take rows from many chunks is slow
+    return whole, {name: part for name, part in found.items() if name != split}
 
 
 def _way(how: Any) -> tuple[str, float | int | str]:

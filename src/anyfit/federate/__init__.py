@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def federate(
     named, about = _named(sites, target, privacy.unit if isinstance(privacy, ExamplePrivacy) else None)
     if compare:
         some = test is not None or validation is not None or final.keeps_best
-        check_comparable(chosen, seconds, some or (not isinstance(privacy, SitePrivacy) and len(named) <= MOST_LOOKED_AT))
+        check_comparable(chosen, seconds, some or (privacy is None and len(named) <= MOST_LOOKED_AT))
     guard = Guard(limits, Codec.of(compress), privacy if isinstance(privacy, SitePrivacy) else None)
     rank, ranks = ranks_of()
     if ranks > 1 and final.device == "auto" and torch.cuda.is_available():  # each rank its own
@@ -141,7 +141,10 @@ def federate(
                 federation.transport = Ranks(transport, federation.rows, federation.summary)
                 federation.agree, federation.seen = agreed, folder or (None if run is None else Seen(Path(run)))
             central = None if test is None or rules.test is not None else Source.of(test, target)
-            federation.begin(schema if schema is not None else known if known is not None else None, central, weights, about, resume=resume)
+            if test is None and isinstance(named, Partition) and "test" in named.others:  # what the data brings is not dealt
+                central = replace(named.source, origin=named.others["test"], group=None, split=None)
+            about |= {"limits": asdict(guard.limits), "faults": None if faults is None else asdict(faults)}
+            federation.begin(known if schema is None else schema, central, weights, about, resume=resume)
             with signals() as caught:
                 federation.loop(caught)
             done = federation.end()
@@ -173,9 +176,14 @@ def _secret(privacy: SitePrivacy | ExamplePrivacy | None, folder: Folder | None,
 def _named(sites: Mapping[str, Any] | Sequence[Any], target: str | None, unit: str | None) -> tuple[Mapping[str, Source], dict[str, Any]]:
     """Sources by name, of which the column `unit` is no feature; and what is known of all of them at once."""
     if isinstance(sites, Partition):
+        if unit is not None and not sites.separates(unit):
+            raise InputError(
+                f"unit (={unit!r}) of the privacy has rows of one value at several sites, and what each site tells of it would add up; deal "
+                f"them with how='column:...' so that each {unit} is at one site"
+            )
         sites = sites.ignoring(unit) if unit is not None else sites
         rows = sites.whole
-        about = {"alike": True, "rows": rows, "partition": sites.to_json()}
+        about = {"alike": True, "rows": rows, "partition": sites.to_json(), "source": _roles(sites.source)}
         about["data"] = {"all sites": {"source": sites.source.name, "rows": data.num_rows(rows), "sha256": data.fingerprint(rows)}}
         return sites, about
     if isinstance(sites, Mapping):
@@ -193,5 +201,17 @@ def _named(sites: Mapping[str, Any] | Sequence[Any], target: str | None, unit: s
         raise InputError("a site has an empty name; give it one")
     sources = {name: Source.of(origin, target) for name, origin in sorted(named.items())}
     if unit is not None:
-        sources = {name: replace(source, ignore=(*source.ignore, unit)) for name, source in sources.items()}
-    return sources, {}
+        sources = {name: replace(source, ignore=tuple(dict.fromkeys((*source.ignore, unit)))) for name, source in sources.items()}
+    return sources, {"source": _roles(next(iter(sources.values())))} if sources else {}
+
+
+ROLES = ("target", "group", "split", "ignore", "types", "weight", "missing", "delimiter", "encoding", "table", "query", "size")
+
+
+def _roles(source: Source) -> dict[str, Any]:
+    """What is known of a source's columns, for the record: a resume must read them alike."""
+    found = {name: getattr(source, name) for name in ROLES}
+    plain = {
+        name: dict(value) if name == "types" else list(value) if isinstance(value, tuple | list) else value for name, value in found.items()
+    }
+    return {name: value for name, value in plain.items() if value}

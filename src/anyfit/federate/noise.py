@@ -29,7 +29,9 @@ class SiteNoise:
         if strategy.needs == "each" or set(strategy.sends(layout)) - {WEIGHTS, LOSS} or not strategy.trains:
             raise InputError(f"{strategy.name} needs more of each site than a noisy sum; under site privacy use FedAvg, FedProx or FedAdam")
         self.privacy, self.layout, self._secret = privacy, layout, secret
-        self.rate, self.cohort = drawn / sites, float(drawn)
+        if type(strategy).choose is not Strategy.choose:
+            raise InputError(f"{strategy.name} chooses who takes part, but under site privacy each site is drawn at random; use FedAvg")
+        self.sites, self.rate, self.cohort = sites, drawn / sites, float(drawn)
         self._accountant = Accountant(privacy.delta)
         noise = privacy.noise_multiplier
         if noise is None:
@@ -42,7 +44,14 @@ class SiteNoise:
 
     def to_json(self) -> dict[str, Any]:
         """For the record."""
-        return {"unit": "site", **self.privacy.to_json(), "noise_multiplier": self.noise, "sampling_rate": self.rate}
+        return {
+            "unit": "site",
+            **self.privacy.to_json(),
+            "noise_multiplier": self.noise,
+            "sampling_rate": self.rate,
+            "drawn": int(self.cohort),
+            "sites": self.sites,
+        }
 
     def progress(self) -> dict[str, Any]:
         """What a resume needs."""

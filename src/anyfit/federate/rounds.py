@@ -19,7 +19,7 @@ from anyfit.federate.noise import SiteNoise
 from anyfit.federate.rules import Rules, agreed, fairness, is_fitted, number_of
 from anyfit.federate.transport import ALL, Transport
 from anyfit.fit import OnEvent, scalars
-from anyfit.guard import LOSS, WEIGHTS
+from anyfit.guard import BUFFERS, LOSS, WEIGHTS
 from anyfit.metrics import figures
 from anyfit.prepare import Prepared, built
 from anyfit.privacy import ExamplePrivacy, SitePrivacy
@@ -32,7 +32,7 @@ from anyfit.task import Task
 from anyfit.tree import clone
 from anyfit.update import Layout, Order, Reply, Total, Update
 from anyfit.values import Plan, canonical
-from anyfit.worker import Memories, exchanged, hash_of
+from anyfit.worker import STATISTICS, Memories, exchanged, hash_of
 
 __all__ = ["Federation"]
 
@@ -78,6 +78,8 @@ class Federation:
         self.started = self.saved = time.monotonic()
         self.saves = [0, 0]  # the rounds of the last two checkpoints
         self.version = 1
+        self.wide = False  # whether changes of weights have been too large for one limb of fixed point
+        self.told: set[str] = set()  # tensors that were said to stay at the sites
         self.seen = folder  # where a resume finds what was saved
         self.agree: Callable[[list[int]], list[int]] = lambda flags: flags  # with whoever else runs this federation
 
@@ -109,10 +111,14 @@ class Federation:
                 try:
                     total.add(reply.update)
                 except (InputError, NonFinite) as problem:  # what it sent does not add to what others sent
+                    if isinstance(problem, NonFinite) and order.kind == "train" and not self.wide:
+                        raise
                     reply = replace(reply, error=str(problem), cause=problem)
+            if reply.values.get("narrow") and not self.wide:
+                raise NonFinite(str(reply.error))
             if reply.site != ALL and reply.error is not None:
                 failed[reply.site] = reply.error
-                if order.kind in ("describe", "prepare"):  # its data does not do: nothing has begun yet
+                if order.kind in ("describe", "prepare", "join"):  # its data does not do: nothing has begun yet
                     raise DataError(f"site {reply.site!r}: {reply.error}") from reply.cause
                 if quorum is None:
                     raise RunError(f"site {reply.site!r} failed in round {order.round}: {reply.error}") from reply.cause
@@ -128,6 +134,7 @@ class Federation:
                         f"{self.strategy.name} needs each site's update, which a sum of several does not tell; use another strategy"
                     )
                 held[reply.site] = reply.update
+                total.add(Update({BUFFERS: reply.update.groups[BUFFERS]} if BUFFERS in reply.update else {}))
             elif reply.update is not None and reply.site == ALL:
                 total.add(reply.update)
         to = [name for name in to if name not in self.exhausted]
@@ -137,7 +144,7 @@ class Federation:
         if len(answered) < (len(to) if quorum is None else quorum):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.missing.items())[:5])
             raise _NoQuorum(f"{len(answered)} of {len(to)} sites answered in round {order.round}, but {quorum or len(to)} must ({reasons})")
-        return self.strategy.combine([held[name] for name in sorted(held)]) if each and held else total.update()
+        return self.strategy.combine([held[name] for name in sorted(held)]).joined(total.update()) if held else total.update()
 
     def _order(self, kind: str, round: int, tensors: Mapping[str, Tensor] | None = None, **values: Any) -> Order:
         return Order(kind, round, self.version, self.plan.seed, tensors or {}, values)
@@ -156,6 +163,8 @@ class Federation:
             raise InputError("sites is empty; give at least one")
         told = self._described(members if base is None else members[:1] if about.get("alike") else members)
         schema = agreed(told) if base is None else base
+        brought = {split for values in told.values() for split in values["splits"]}
+        self.splits |= {split for split in ("validation", "test") if split in brought}
         if before is not None and state is not None:
             self.schema = Schema.from_json(before["schema"])  # of the sites that were there: what joins later does not change it
         elif base is not None and is_fitted(base):
@@ -165,14 +174,20 @@ class Federation:
         machine.seed_all(self.plan.seed)
         self.model = built(self.task, self.schema).to(device=self.device, dtype=getattr(torch, self.plan.dtype))
         started = None if weights is None or state is not None else start_from(self.model, weights, False)
-        shared, frozen = exchanged(self.task, self.model, self.strategy, self.rules.batch_statistics)
+        shared, averaged, frozen = exchanged(self.task, self.model, self.strategy, self.rules.batch_statistics)
         self.layout, self.shared, self.frozen = Layout.of(shared), shared, frozen
+        self.buffers, self.averaged = Layout.of(averaged), averaged
+        if averaged and isinstance(self.privacy, SitePrivacy):
+            raise InputError(
+                f"{next(iter(averaged))} would leave each site beside its noisy weights; under site privacy use a layer without batch statistics "
+                "(GroupNorm), or batch_statistics='local'"
+            )
         self.strategy.sends(self.layout)
-        self.expected = {"frozen": hash_of(frozen), "layout": self.layout.hash()}
+        self.expected = {"frozen": hash_of(frozen), "layout": self.layout.hash() + self.buffers.hash()}
         self.memory: dict[str, Tensor] = {}
         self.state = State(model=clone(dict(self.model.state_dict())), schema=self.schema.to_json(), progress=self._progress())
         self._begin_record(told, about, test, started, before, state)
-        self._prepare_privacy(len(members))
+        self._prepare_privacy(len(members), (before or {}).get("privacy") if state is not None else None)
         if before is not None and canonical(before.get("privacy")) != canonical(self.record.get("privacy")):
             raise StateError(
                 f"run was made with privacy={before.get('privacy')}, not {self.record.get('privacy')}; resume with the same privacy, sample "
@@ -217,7 +232,7 @@ class Federation:
         prepared = Prepared(self.task, self.plan, self.device, self.schema, {"test": rows}, {}, self.task.collate)
         self.test = prepared.batches("test")
 
-    def _prepare_privacy(self, sites: int) -> None:
+    def _prepare_privacy(self, sites: int, before: Mapping[str, Any] | None) -> None:
         """How much noise a round gets, and what a resume has spent already."""
         if isinstance(self.privacy, ExamplePrivacy):
             if not self.strategy.trains:
@@ -227,6 +242,8 @@ class Federation:
             self.record["privacy"] = {**self.privacy.to_json(), "unit": self.privacy.unit or "row"}
         elif self.privacy is not None:
             drawn = number_of(self.rules.sample, sites, "sample")
+            if before is not None and "drawn" in before:  # sites that joined since change neither the chance nor the divisor
+                sites, drawn = int(before["sites"]), int(before["drawn"])
             options = {"rounds": self.rules.rounds, "sites": sites, "drawn": drawn, "secret": self._secret}
             self.noise = SiteNoise(self.privacy, self.strategy, self.layout, **options)
             self.record["privacy"] = self.noise.to_json()
@@ -251,7 +268,7 @@ class Federation:
             record["weights"] = started
         splits = {name: values["splits"]["train"] | {"source": values["source"]} for name, values in told.items()}
         record["data"] = dict(about["data"]) if about.get("alike") else splits
-        record |= {name: about[name] for name in ("partition",) if name in about}
+        record |= {name: about[name] for name in ("partition", "source", "limits", "faults") if name in about}
         if test is not None:
             if "test" in record["data"]:
                 raise InputError("a site named 'test' and test rows beside the sites cannot be told apart; rename the site")
@@ -264,12 +281,16 @@ class Federation:
                     raise StateError(
                         f"run (={str(self.seen.path)!r}) has the strategy {before['strategy']}, not {record['strategy']}; start a new run"
                     )
-                for name in ("validation", "test"):
+                for name in ("validation", "test", "batch_statistics"):
                     if before["rules"].get(name) != record["rules"][name]:
                         raise StateError(
-                            f"{name} (={record['rules'][name]}) was {before['rules'].get(name)} in run (={str(self.seen.path)!r}); another "
-                            "fraction would train on rows that were held back, so start a new run"
+                            f"{name} (={record['rules'][name]}) was {before['rules'].get(name)} in run (={str(self.seen.path)!r}); so a resume "
+                            "would not go on with the same rows and tensors; start a new run"
                         )
+                self._compare_rows(before, record)
+                for name in ("limits", "faults"):
+                    if before.get(name) != record.get(name):
+                        changed[name] = [before.get(name), record.get(name)]
                 for name in sorted(set(record["rules"]) - {"rounds", "quorum", "deadline_s"}):
                     if before["rules"].get(name) != record["rules"][name]:
                         changed[name] = [before["rules"].get(name), record["rules"][name]]
@@ -282,6 +303,17 @@ class Federation:
                 if self.memories is not None:
                     self.memories.cut(0)
         self.record = record
+
+    def _compare_rows(self, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Refuse a resume whose sites would have other rows, or read them in another way."""
+        assert self.seen is not None
+        dealt = [{name: told.get("partition", {}).get(name) for name in ("how", "seed", "sha256")} for told in (before, record)]
+        for what, was, now in (("partition", *dealt), ("source", before.get("source"), record.get("source"))):
+            if canonical(was) != canonical(now):
+                raise StateError(
+                    f"run (={str(self.seen.path)!r}) has another {what} ({was} then, {now} now), so its sites would hold other rows; resume with "
+                    "the same, or start a new run"
+                )
 
     def _restore(self, state: State) -> None:
         assert self.seen is not None
@@ -311,9 +343,6 @@ class Federation:
             self.folder.write_record(self.record)
         for notice in notices:
             self.emit({"event": "notice", "text": notice})
-        codec = Codec.of(self.rules.compress)
-        size = self.layout.size * torch.empty(0, dtype=self.layout.dtype).element_size()
-        each = {"down": size // (2 if self.rules.compress_down else 1), "up": codec.size(self.layout.size) if codec else size}
         self.emit(
             {
                 "event": "start",
@@ -321,21 +350,32 @@ class Federation:
                 "rounds": self.rules.rounds,
                 "sites": dict(sorted(self.rows.items())),
                 "parameters": self.record["parameters"],
-                "bytes_each": each,
+                "bytes_each": self._sizes(),
             }
         )
 
     def _notices(self) -> list[str]:
         found = []
-        codec = Codec.of(self.rules.compress)
-        number = torch.empty(0, dtype=self.layout.dtype).element_size()
-        up = codec.size(self.layout.size) if codec is not None else self.layout.size * number
-        down = self.layout.size * (2 if self.rules.compress_down else number)
-        cohort = number_of(self.rules.sample, len(self.rows), "sample")
+        members = sorted(self.rows)
+        count = number_of(self.rules.sample, len(members), "sample")
+        cohort = (
+            count if self.noise is not None else len(self.strategy.choose(self.state.position.step + 1, members, count, self.plan.seed))
+        )
+        each = self._sizes()
         found.append(
-            f"a round moves {cohort * down:,} bytes down and about {cohort * up:,} up: {self.layout.size:,} of "
+            f"a round of training moves {cohort * each['down']:,} bytes down and about {cohort * each['up']:,} up: {self.layout.size:,} of "
             f"{self.record['parameters']:,} parameters, {cohort} sites"
         )
+        buffers = dict(self.model.named_buffers())
+        home = sorted(
+            self.strategy.stays(self.model) | {name for name in buffers if name.endswith(STATISTICS) and name not in self.averaged}
+        )
+        if home:
+            self.told |= set(home)
+            names = ", ".join(home[:3]) + (f" and {len(home) - 3} more" if len(home) > 3 else "")
+            found.append(
+                f"{names} stay at each site: the saved model holds their first values, and only figures at the sites use each site's own"
+            )
         if self.privacy is not None:
             found.append(
                 "numbers of rows, the schema's statistics (means, categories) and figures on test rows are not covered by epsilon and delta"
@@ -348,6 +388,22 @@ class Federation:
             for name in small:
                 self.record["sites"][name].setdefault("notes", []).append("fewer rows than a batch")
         return found
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes that go to one site and come from it in a round of training."""
+        number, codec = torch.empty(0, dtype=self.layout.dtype).element_size(), Codec.of(self.rules.compress)
+        wide = 8 if not self.strategy.trains else number  # sums that are exact are sent in float64
+        sent = {(group, key): math.prod(shape) for group, keys in self.strategy.sends(self.layout).items() for key, shape in keys.items()}
+        up = sum(8 if group == LOSS else size * wide for (group, _), size in sent.items())
+        up += codec.size(self.layout.size) - self.layout.size * number if codec is not None else 0
+        beside = self.strategy.begin(self._server(self.state.position.step + 1, sorted(self.rows)))
+        buffers = self.buffers.size * torch.empty(0, dtype=self.buffers.dtype).element_size()
+        down = self.layout.size * (2 if self.rules.compress_down else number) + sum(t.numel() * t.element_size() for t in beside.values())
+        return {"down": down + buffers, "up": up + buffers}
+
+    def _server(self, round: int, members: Sequence[str]) -> Server:
+        weights = self.layout.flat(self.state.model[name] for name in self.layout.shapes).cpu()
+        return Server(weights.double(), self.layout, round, len(members), float(sum(self.rows[name] for name in members)), self.memory)
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -386,7 +442,11 @@ class Federation:
                     if self.state.position.step < round:  # as if this round had never begun
                         self._checkpoint(before)
                     raise
-                better = self._evaluate(round)
+                try:
+                    better = self._evaluate(round)
+                except BaseException:
+                    self._checkpoint(self._progress())  # the round itself is done
+                    raise
                 self._save(round, better, time.monotonic() - begun)
                 self._heed_patience()
         self._checkpoint(self._progress())
@@ -433,8 +493,10 @@ class Federation:
         members = self.transport.members(round)
         late = [name for name in members if name not in self.rows]
         if late:
+            told = self._described(late)
             self._join(late, round - 1)
             for name in late:
+                self.record["data"].setdefault(name, told[name]["splits"]["train"] | {"source": told[name]["source"]})
                 self.record["sites"][name] = {"rows": self.rows[name], "notes": [f"joined in round {round}", *self.notes[name]]}
                 self.emit({"event": "notice", "text": f"site {name} joins in round {round} with {self.rows[name]} rows"})
             if self.folder is not None:
@@ -443,10 +505,10 @@ class Federation:
 
     def _round(self, round: int) -> None:
         members, before = self._newcomers(round), dict(self.bytes)
-        weights = self.layout.flat(self.state.model[name] for name in self.layout.shapes).cpu()
-        server = Server(weights.double(), self.layout, round, len(members), float(sum(self.rows[name] for name in members)), self.memory)
+        server = self._server(round, members)
+        weights = server.weights.to(self.layout.dtype)
         sent = weights if self.rules.compress_down is None else Codec(self.rules.compress_down).encode(weights, torch.Generator())["values"]
-        tensors = {WEIGHTS: sent, **self.strategy.begin(server)}
+        tensors = {WEIGHTS: sent, **self._buffers(), **self.strategy.begin(server)}
         sites: dict[str, dict[str, Any]] = {}
         losses: dict[str, tuple[float, float]] = {}
 
@@ -454,10 +516,12 @@ class Federation:
             told = self._told(order, reply)
             if "epsilon" in reply.values:
                 self.epsilons[reply.site] = float(reply.values["epsilon"])
+            self._name_what_stays(reply.values.get("stays", ()))
             sites[reply.site] = {"rows": self.rows[reply.site], **({"loss": told["loss"]} if told else {})}
             if told:
                 losses[reply.site] = (told["count"], told["loss"])
-            self.emit({"event": "reply", "round": round, "site": reply.site, "seconds": reply.seconds, **sites[reply.site]})
+            if self.noise is None:  # who takes part is told to nobody
+                self.emit({"event": "reply", "round": round, "site": reply.site, "seconds": reply.seconds, **sites[reply.site]})
 
         total = self._attempted(round, members, tensors, sites, heard)
         if self.memories is not None:
@@ -468,13 +532,15 @@ class Federation:
             raise NonFinite(f"a weight is not finite after round {round}; lower the learning rate. The last round's state is untouched.")
         self.memory = changed.memory
         self._set_weights(weights, round)
+        if BUFFERS in total:
+            self._set_buffers(total.mean(BUFFERS)[BUFFERS])
         counted = [losses[site] for site in sorted(sites) if site in losses]  # floats add in the order of names, whoever was first
         loss = {"loss": sum(count * mean for count, mean in counted) / sum(count for count, _ in counted)} if counted else {}
         line: dict[str, Any] = {"event": "round", "round": round, **loss, "sites": dict(sorted(sites.items()))}
         line |= {f"bytes_{way}": self.bytes[way] - before[way] for way in self.bytes}
         if self.missing and self.noise is None:
             line["missing"] = sorted(self.missing)
-        if self.noise is not None:  # who took part is told to nobody
+        if self.noise is not None:
             line |= {"sites": {}, "answered": len(sites), "epsilon": self.noise.epsilon, "clip": self.noise.clip}
         elif self.epsilons:
             line["epsilon"] = max(self.epsilons.values())  # of the site that spent most
@@ -503,7 +569,14 @@ class Federation:
                     self.missing = {}
                     return self.noise.total(Update())
             try:
-                total = self._send(self._order("train", round, tensors, **values), chosen, quorum, heard)
+                try:
+                    total = self._send(self._order("train", round, tensors, **values), chosen, quorum, heard)
+                except NonFinite:  # too large for one limb of fixed point, which data in units of their own can well be
+                    if self.wide:
+                        raise
+                    self.wide, values["wide"] = True, True
+                    sites.clear()
+                    total = self._send(self._order("train", round, tensors, **values), chosen, quorum, heard)
             except _NoQuorum as error:
                 problem = error
                 if self.rules.quorum is None or (self.noise is not None and self.noise.used_up):
@@ -531,7 +604,7 @@ class Federation:
         values: dict[str, Any] = {"rounds": rules.rounds, "epochs": self.plan.epochs, "steps": self.plan.steps}
         values |= {"seconds": rules.seconds} if rules.seconds is not None else {}
         values |= {"keep_optimizer": True} if rules.keep_optimizer else {}
-        values |= {"wide": True} if sum(self.rows.values()) > MOST_FINE else {}
+        values |= {"wide": True} if self.wide or sum(self.rows.values()) > MOST_FINE else {}
         return values if self.noise is None else values | self.noise.values(noise_sites)
 
     def _set_weights(self, weights: Tensor, round: int) -> None:
@@ -540,6 +613,26 @@ class Federation:
             model[name] = part.to(tensor.device, tensor.dtype)
         self._tie(model)
         self.state = replace(self.state, model=model, extras={"strategy": dict(self.memory)}, position=Position(round, round, 0))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers that sites average, as one vector."""
+        return {BUFFERS: self.buffers.flat(self.state.model[name] for name in self.averaged).cpu()} if self.averaged else {}
+
+    def _set_buffers(self, change: Tensor) -> None:
+        """Their plain mean, whatever the strategy: a variance has no momentum."""
+        after = self._buffers()[BUFFERS].double() + change
+        model = dict(self.state.model)
+        for (name, tensor), part in zip(self.averaged.items(), self.buffers.views(after), strict=True):
+            model[name] = part.to(tensor.device, tensor.dtype)
+        self.state = replace(self.state, model=model)
+
+    def _name_what_stays(self, names: Sequence[str]) -> None:
+        """Buffers that change at a site though nobody said where they belong."""
+        new = [name for name in names if name not in self.told]
+        if new:
+            self.told |= set(new)
+            text = f"{', '.join(new)} changes in training and stays at each site; let shared() return True for it if it should be averaged"
+            self.emit({"event": "notice", "text": text})
 
     def _tie(self, model: dict[str, Tensor]) -> None:
         """Names that share one tensor in the model share it in the state."""
@@ -614,7 +707,7 @@ class Federation:
 
         members = [name for name in self.transport.members(self.state.position.step) if name in self.rows]
         quorum = None if self.rules.quorum is None else 1
-        total = self._send(self._order("evaluate", round, {WEIGHTS: weights}, split=split), members, quorum, heard)
+        total = self._send(self._order("evaluate", round, {WEIGHTS: weights, **self._buffers()}, split=split), members, quorum, heard)
         return self.read(total), dict(sorted(sites.items()))
 
     def read(self, update: Update) -> dict[str, Any]:
@@ -642,10 +735,10 @@ class Federation:
             if self.test is not None:
                 splits["test"] = self._tested()
             for split in ("validation", "test"):
-                if self._has(split):
+                if self._has(split) and split not in splits:
                     splits[split], sites = self._pooled(split, at)
-            if not self.splits and self.noise is None and len(self.rows) <= MOST_LOOKED_AT:
-                splits["train"], sites = self._pooled("train", at)
+            if not self.splits and self.privacy is None and len(self.rows) <= MOST_LOOKED_AT:
+                splits |= self._looked_at(at, sites)
         result = {
             "stopped": self.stopped,
             "signal": self.signal,
@@ -670,6 +763,16 @@ class Federation:
         if self.folder is not None and self.stopped != "signal":
             self.folder.finish(result)
         return Run(self.task, self.model, self.state, self.record, self.history, result, None if self.folder is None else self.folder.path)
+
+    def _looked_at(self, at: int | None, sites: dict[str, Any]) -> dict[str, Any]:
+        """Figures on the rows that sites train on, where they hold no others. Nobody asked for them, so what fails there fails nothing."""
+        try:
+            figures, found = self._pooled("train", at)
+        except RunError as error:
+            self.emit({"event": "notice", "text": f"there are no figures of the training rows: {error}"})
+            return {}
+        sites |= found
+        return {"train": figures}
 
 
 class _Exhausted(RunError):

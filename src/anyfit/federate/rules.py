@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyfit.errors import DataError, InputError
+from anyfit.report.records import low_is_worse
 from anyfit.schema import Column, Schema
 
 __all__ = ["Rules", "agreed", "fairness", "is_fitted", "number_of"]
@@ -66,7 +67,7 @@ def fairness(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         if len(found) < 2:
             continue
         mean = sum(found.values()) / len(found)
-        worst = (max if name in ("loss", "rmse", "mae") else min)(found, key=lambda site: found[site])
+        worst = (min if low_is_worse(name) else max)(found, key=lambda site: found[site])
         deviation = math.sqrt(sum((value - mean) ** 2 for value in found.values()) / len(found))
         result[name] = {
             "mean": mean,

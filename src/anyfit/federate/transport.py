@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,20 @@ class Faults:
         for name in ("dropout", "straggle"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} (={getattr(self, name)}) of Faults must be a chance from 0 to 1")
+        by_name = isinstance(self.delay_s, Mapping)
+        delays = list(self.delay_s.values()) if isinstance(self.delay_s, Mapping) else [self.delay_s]
+        if not all(0.0 <= seconds < math.inf for seconds in delays):
+            raise InputError(f"delay_s (={self.delay_s}) of Faults must be seconds from 0 up")
+        if self.straggle > 0 and (by_name or self.delay_s == 0):
+            raise InputError(
+                f"straggle (={self.straggle}) of Faults needs delay_s (--delay) above 0, one number for all sites, not {self.delay_s}; "
+                "give both or leave straggle out"
+            )
+        if not by_name and self.delay_s != 0 and self.straggle == 0:
+            raise InputError(
+                f"delay_s (={self.delay_s}) of Faults needs straggle (--straggle), the chance that a site takes that much longer; give "
+                "both, or seconds by name: delay_s={'a': 5.0}"
+            )
 
     def drops(self, site: str, order: Order) -> bool:
         """Whether a site stays silent."""
@@ -79,9 +94,11 @@ class Local:
         self.names = sorted(names)
         self._order: Order | None = None
         self._to: Sequence[str] = ()
-        unknown = sorted(set(faults.joins) - set(names)) if faults is not None else []
-        if unknown:
-            raise InputError(f"joins of Faults names {unknown[0]!r}, which is no site; there are: {', '.join(self.names[:20])}")
+        named = {} if faults is None else {"joins": faults.joins, "delay_s": faults.delay_s}
+        for what, mapping in named.items():
+            unknown = sorted(set(mapping) - set(names)) if isinstance(mapping, Mapping) else []
+            if unknown:
+                raise InputError(f"{what} of Faults names {unknown[0]!r}, which is no site; there are: {', '.join(self.names[:20])}")
 
     def members(self, round: int) -> Sequence[str]:
         if self.faults is None or not self.faults.joins:
@@ -150,6 +167,7 @@ class Ranks:
                     folded.add(reply.update)
                 except Exception as problem:  # noqa: BLE001 - the other ranks wait: they must hear of it
                     error = str(problem)
+                    values |= {"narrow": True} if isinstance(problem, NonFinite) else {}
             told.append({"site": reply.site, "error": error, "seconds": reply.seconds, "values": values, "size": reply.size})
         total = folded.update()
         plan = [

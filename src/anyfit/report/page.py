@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from anyfit.report.markup import Html, hide, markup, plain, spell, table, tag
-from anyfit.report.plots import MANY_PANELS, MANY_SITES, Picture
+from anyfit.report.plots import MANY_COLUMNS, MANY_PANELS, MANY_SITES, Picture
 from anyfit.report.records import Records, mapping, mappings, number, scalars, whole
 
 __all__ = ["build"]
@@ -241,12 +241,12 @@ def _interval(hits: int, total: int) -> tuple[float, float]:
 
 def _comparison_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
     """The same task by different means."""
-    lines = [(str(line["what"]), scalars(line)) for line in records.comparison]
-    names = list(dict.fromkeys(name for _, figures in lines for name in figures))
+    lines, names = [(str(line["what"]), scalars(line)) for line in records.comparison], records.compared
     if not names:
         return
-    about = mapping(records.result.get("compared"))
-    caption = f"{about['figure']} on {about['split']} rows" if {"figure", "split"} <= set(about) else ""
+    about, more = mapping(records.result.get("compared")), len(names) - MANY_COLUMNS
+    caption = f"{about['figure']} on {about['split']} rows. " if {"figure", "split"} <= set(about) else ""
+    caption += f"The table has {more:,} more column{'s' if more > 1 else ''}." if more > 0 else ""
     picture = [_figure(pictures["comparison"], "Bars of the figures compared", caption)] if "comparison" in pictures else []
     yield _section("Comparison", *picture, table(("", *names), [(what, *(figures.get(name) for name in names)) for what, figures in lines]))
 
@@ -314,6 +314,7 @@ def _site_table(records: Records, names: Sequence[str]) -> Iterator[Html]:
     traffic = [key for key in ("bytes_up", "bytes_down") if any(entry.get(key) for entry in entries.values())]
     notes = {name: entry["notes"] for name, entry in entries.items() if isinstance(entry.get("notes"), list) and entry["notes"]}
     noted = [name for name in notes if name not in names[:_MANY_ROWS]]
+    known_rounds = any(entry.get("rounds") for entry in entries.values())  # who took part is not told where whole sites are protected
     rows = []
     for name in [*names[:_MANY_ROWS], *noted[:_MANY_ROWS]]:
         entry = entries[name]
@@ -322,7 +323,8 @@ def _site_table(records: Records, names: Sequence[str]) -> Iterator[Html]:
         bar = tag("span", tag("i", style=f"width: {100 * (count or 0) / largest:.1f}%"), class_="bar")
         moved = [_size(entry.get(key) or 0) for key in traffic]
         said = ["; ".join(map(str, notes.get(name, [])))] if notes else []
-        rows.append((name, count, tag("span", bar, f"{share:.1%}", class_="nowrap"), whole(entry.get("rounds")), *figures, *moved, *said))
+        rounds = whole(entry.get("rounds")) if known_rounds else None
+        rows.append((name, count, tag("span", bar, f"{share:.1%}", class_="nowrap"), rounds, *figures, *moved, *said))
     last = [f"last {metric}" for metric in metrics]
     head = (
         "site",

@@ -11,19 +11,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from anyfit.report.markup import spell
-from anyfit.report.records import Points, Records, mapping, mappings, number, scalars
+from anyfit.report.records import Points, Records, low_is_worse, mapping, mappings, number, scalars
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MANY_PANELS", "MANY_SITES", "Picture", "draw"]
+__all__ = ["MANY_COLUMNS", "MANY_PANELS", "MANY_SITES", "Picture", "draw"]
 
-MANY_PANELS, MANY_SITES = 9, 100
+MANY_COLUMNS, MANY_PANELS, MANY_SITES = 5, 9, 100
 _MANY_POINTS, _MANY_CLASSES, _MANY_LINES, _MANY_CURVES = 2_000, 30, 8, 30
 _MANY_BARS, _NUMBERED_SITES, _SHADES = 40, 12, 16
-_LOW_IS_WORSE = ("accuracy", "auroc", "f1", "r2", "precision", "recall", "score")  # of anything else, a loss or an error, the highest is
 
 _INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#5c6672", "#e1e5ea", "#fefefe"
 _COLOURS = ("#2866b1", "#c2571a", "#2f7d4f", "#7c4fa3", "#a8327a", "#117a8b", "#8a6d1b", "#6b7785")
@@ -236,8 +235,7 @@ def _draw_crowd(axes: Axes, name: str, panel: Mapping[str, Points]) -> None:
         low, high = ([_quantile(values, share) for _, values in ordered] for share in (0.1, 0.9))
         label = "10 % to 90 % of sites"
         axes.fill_between([at for at, _ in ordered], low, high, color=_COLOURS[0], alpha=0.2, linewidth=0, label=label)
-        low_is_worse = any(word in name for word in _LOW_IS_WORSE)
-        extreme = [(at, values[0 if low_is_worse else -1]) for at, values in ordered]
+        extreme = [(at, values[0 if low_is_worse(name) else -1]) for at, values in ordered]
         _line(axes, extreme, _COLOURS[1], "worst site of each round", width=1.0)
     _line(axes, [(at, _quantile(values, 0.5)) for at, values in ordered], _COLOURS[0], f"median of {len(panel):,} sites")
 
@@ -267,15 +265,15 @@ def _draw_privacy(records: Records) -> Figure | None:
 
 
 def _draw_comparison(records: Records) -> Figure | None:
-    """Bars: a panel for each figure, a bar for each thing compared."""
+    """Bars: a panel for each column of the comparison, a bar for each thing compared."""
     lines = [(str(line["what"]), scalars(line)) for line in records.comparison[:_MANY_CLASSES]]
-    names = list(dict.fromkeys(name for _, figures in lines for name, value in figures.items() if value is not None))[:3]
+    names = records.compared[:MANY_COLUMNS]
     if not names:
         return None
     figure = _new_figure(_WIDTH, 0.55 + 0.27 * len(lines))
     for index, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), index + 1)
-        _style(axes, name, None)
+        _style(axes, _drawable(name, 56 // len(names)), None)
         values = [figures.get(name) for _, figures in lines]
         known = [(place, value) for place, value in enumerate(values) if value is not None]
         axes.barh([place for place, _ in known], [value for _, value in known], height=0.66, color=_COLOURS[0])
@@ -285,8 +283,8 @@ def _draw_comparison(records: Records) -> Figure | None:
                 ha="left" if value >= 0 else "right", va="center_baseline", fontsize=7.5, color=_INK,
             )  # fmt: skip
         axes.grid(False)
-        axes.margins(x=0.22)
-        axes.set_xlim(left=0 if min(value for _, value in known) >= 0 else None)
+        axes.margins(x=0.09 * (1 + len(names)))
+        axes.set_xlim(left=0 if min((value for _, value in known), default=0.0) >= 0 else None)
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)

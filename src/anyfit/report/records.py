@@ -12,10 +12,11 @@ from typing import Any
 from anyfit.errors import InputError
 from anyfit.run import read_record
 
-__all__ = ["Points", "Records", "mapping", "mappings", "number", "read", "scalars", "whole"]
+__all__ = ["Points", "Records", "low_is_worse", "mapping", "mappings", "number", "read", "scalars", "whole"]
 
 Points = list[tuple[float, float]]  # (step or round, value), in order
 
+_LOW_IS_WORSE = ("accuracy", "auroc", "f1", "r2", "precision", "recall", "score")  # of anything else, a loss or an error, the highest is
 _BOOKKEEPING = {"event", "step", "epoch", "round", "rows", "seconds", "bytes_up", "bytes_down", "count", "best"}
 
 
@@ -97,6 +98,11 @@ class Records:
     def comparison(self) -> list[dict[str, Any]]:
         """Figures of the same rows by different means, each with its name as `what`."""
         return [line for line in mappings(self.result.get("comparison")) if isinstance(line.get("what"), str)]
+
+    @property
+    def compared(self) -> list[str]:
+        """The columns of the comparison in which anything stands."""
+        return list(dict.fromkeys(name for line in self.comparison for name, value in scalars(line).items() if value is not None))
 
     def class_names(self, count: int) -> list[str]:
         """The target's categories where the schema has them, else numbers."""
@@ -181,8 +187,9 @@ def _take_sites(records: Records, event: dict[str, Any], at: float, prefix: str)
     for site, entry in mapping(event.get("sites")).items():
         told = mapping(entry)
         last = records.last_at_site.setdefault(site, {"rounds": 0, "bytes_up": 0, "bytes_down": 0})
-        last["rounds"] += not prefix
-        last["rows"] = whole(told.get("rows")) or last.get("rows")
+        if not prefix:  # a round; an evaluation tells of other rows than those to train on
+            last["rounds"] += 1
+            last["rows"] = whole(told.get("rows")) or last.get("rows")
         for name in ("bytes_up", "bytes_down"):
             last[name] += whole(told.get(name)) or 0
         for name, value in scalars(told).items():
@@ -196,6 +203,11 @@ def _point(records: Records, points: Points, at: float, value: float | None, nam
         points.append((at, value))
     elif name == "loss" and records.not_finite is None:
         records.not_finite = at
+
+
+def low_is_worse(name: str) -> bool:
+    """Whether the lowest value of a figure is the worst one, by its name."""
+    return any(word in name for word in _LOW_IS_WORSE)
 
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, float | None]:

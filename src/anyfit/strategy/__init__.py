@@ -80,7 +80,9 @@ def strategy_of(text: str) -> Strategy:
         if not equals or key not in fields:
             raise InputError(f"strategy (={text!r}): {key!r} is no field of {cls.__name__}; it has: {', '.join(sorted(fields)) or 'none'}")
         given[key] = coerce(key, value.replace(";", ","), hints[key])
-    try:
-        return cls(**given)
-    except TypeError as error:
-        raise InputError(f"strategy (={text!r}) lacks a field: {error}; write {name}:field=value") from error
+    none = dataclasses.MISSING
+    needed = [field.name for field in dataclasses.fields(cls) if field.default is none and field.default_factory is none]  # type: ignore[arg-type]
+    if lacking := [key for key in needed if key not in given]:
+        spelled = [*filter(None, rest.split(",")), *(f"{key}={'NAME' if hints[key] is str else 'VALUE'}" for key in lacking)]
+        raise InputError(f"strategy (={text!r}) lacks {' and '.join(lacking)}; write {name}:{','.join(spelled)}")
+    return cls(**given)

@@ -82,6 +82,9 @@ class FedNova(FedAvg):
 
     def local(self, turn: Turn) -> Update:
         delta = turn.train()
+        groups = [group for optimizer in turn.trainer.optimizers.values() for group in optimizer.param_groups]
+        if any(group.get("nesterov") for group in groups) or (turn.momentum and turn.order.values.get("keep_optimizer")):
+            raise InputError("FedNova counts plain momentum that starts anew each round; leave nesterov and keep_optimizer off")
         weight = _effective_steps(turn.steps, turn.momentum)
         steps = torch.tensor(weight * turn.rows, dtype=torch.float64)
         return turn.update(delta / weight).joined(Update.of("steps", {"steps": steps}, turn.rows, WIDE))
