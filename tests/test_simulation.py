@@ -474,7 +474,7 @@ from torch import nn
 import anyfit
 from anyfit import Faults, Schema, SitePrivacy, Task
 from anyfit.strategy import FedAvgM, FedMedian, Scaffold, strategy_of
-from anyfit.worker import Memories
+from anyfit.worker import Memories, Worker
 
 torch.set_num_threads(1)
 secrets.randbits = lambda bits: 1 << (bits - 1)  # private runs that must be equal need one secret
@@ -516,16 +516,22 @@ def arm(when):
     replies = 0
 
     def on_event(event):
-        nonlocal replies
-        if kind == "reply" and event["event"] == "reply":  # between the turns of two sites
-            replies += 1
-            if replies == int(rest):
-                die()
         if kind == "checkpoint" and event["event"] == "checkpoint" and event["round"] == int(rest):
             die()
         if kind == "stop" and event["event"] == "round" and event["round"] == int(rest):
             return "stop"
 
+    if kind == "reply":  # between the turns of two sites
+        train = Worker._train
+
+        def trains(self, name, order):
+            nonlocal replies
+            replies += 1
+            if replies == int(rest) + 1:
+                die()
+            return train(self, name, order)
+
+        Worker._train = trains
     if kind == "commit":
         commit = Memories.commit
 
