@@ -710,6 +710,7 @@ def test_a_balanced_task_is_refused() -> None:
         fit(Tabular(balance=True), Source(patients(), target="sick"), epochs=1, batch_size=24, device="cpu", privacy=PRIVACY)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ADULT.is_dir(), reason="the census data is not on this machine")
 def test_adult_is_learnt_at_epsilon_three() -> None:
     begun = time.process_time()
