@@ -32,7 +32,6 @@ from anyfit.tasks.tabular import Tabular
 from anyfit.tasks.text import TextCNN
 
 CPU = torch.device("cpu")
-ADULT = Path("/work/shared/data/adult")
 
 
 class Net(Task):
@@ -711,14 +710,13 @@ def test_a_balanced_task_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ADULT.is_dir(), reason="the census data is not on this machine")
-def test_adult_is_learnt_at_epsilon_three() -> None:
+def test_adult_is_learnt_at_epsilon_three(data_folder: Path) -> None:
     begun = time.process_time()
     run = fit(
         Tabular(hidden=(64,), dropout=0.0, lr=5e-3),
-        ADULT / "adult_train.csv.gz",
+        data_folder / "adult/adult_train.csv.gz",
         target="income",
-        test=ADULT / "adult_test.csv.gz",
+        test=data_folder / "adult/adult_test.csv.gz",
         privacy=ExamplePrivacy(clip=0.5, epsilon=3.0, delta=1e-5),
         batch_size=1024,
         epochs=8,

@@ -20,7 +20,7 @@ from torch import Tensor
 from anyfit.errors import InputError, NonFinite
 from anyfit.values import digest
 
-__all__ = ["COUNTS", "FINE", "GRADIENTS", "WIDE", "Group", "Layout", "Order", "Reply", "Total", "Update"]
+__all__ = ["COUNTS", "FINE", "GRADIENTS", "WIDE", "Group", "Layout", "Order", "Reply", "Total", "Update", "largest_of"]
 
 # The powers of two that one int64 limb counts in. One limb of 2^-40 serves weights (range 8 million, resolution 1e-12).
 # Seven serve sums of raw data, whose scale nobody knows: range 2^128, resolution 2^-198, and 19 bits in each limb for carries
@@ -194,14 +194,14 @@ class Total:
             raise NonFinite(f"the count (={group.count}) of an update is not finite; look at the sample weights")
         have, sums = self._sums.get(name, {}), {}
         for key, given in group.sums.items():
-            value, bound = (given.clone(), _largest(given)) if group.fixed else _encode(given, group.exponents, group.scale)
+            value, bound = (given.clone(), largest_of(given)) if group.fixed else _encode(given, group.exponents, group.scale)
             if key in have:
                 if have[key].shape != value.shape:
                     shapes = f"{tuple(have[key].shape[1:])} and {tuple(value.shape[1:])}"
                     raise InputError(f"{key} has the shapes {shapes} in two updates; all workers must run the same task")
                 bound += self._bounds[name, key]
                 if bound >= LARGEST:
-                    bound = _largest(have[key].to(torch.int64) + value.to(torch.int64))
+                    bound = largest_of(have[key].to(torch.int64) + value.to(torch.int64))
                     if bound >= LARGEST:
                         raise NonFinite(f"the total of {key} passes what fixed point can hold; clip the updates or lower the learning rate")
             sums[key] = (value, bound)
@@ -216,7 +216,8 @@ class Total:
         return Update(groups)
 
 
-def _largest(limbs: Tensor) -> float:
+def largest_of(limbs: Tensor) -> float:
+    """What no limb exceeds."""
     return float(limbs.abs().max()) if limbs.numel() else 0.0
 
 

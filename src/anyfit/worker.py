@@ -38,7 +38,7 @@ from anyfit.tree import clone, leaves
 from anyfit.update import FINE, GRADIENTS, WIDE, Layout, Order, Reply, Update
 from anyfit.values import Plan
 
-__all__ = ["Memories", "Turn", "Worker", "exchanged", "local_steps"]
+__all__ = ["Memories", "Turn", "Worker", "exchanged", "local_steps", "plan_for"]
 
 HELD_BYTES = 4 << 30  # of sites' rows and batches that stay in memory between their turns
 Correct = Callable[[list[Tensor], list[int]], None]
@@ -201,8 +201,7 @@ class Worker:
     def _batches(self, site: Site, split: str) -> Batches:
         if split not in site.batches:
             plan = self.plan.updated(seed=self._seed(site.name), device=str(self.device))
-            if plan.batch_size is not None and plan.batch_size > site.rows:
-                plan = plan.updated(batch_size=None)  # a site smaller than a batch trains on all its rows at once
+            plan = plan_for(plan, site.rows)
             prepared = Prepared(self.task, plan, self.device, self.schema, site.parts, {}, self.task.collate)
             site.batches[split] = prepared.batches(split)
         return site.batches[split]
@@ -539,6 +538,12 @@ def _correction(trainer: Trainer, places: Mapping[int, int], correct: Correct) -
             correct([gradient for gradient, _ in found], [place for _, place in found])
 
     return hook
+
+
+def plan_for(plan: Plan, rows: int | None) -> Plan:
+    """A site smaller than a batch trains on all its rows at once."""
+    small = plan.batch_size is not None and rows is not None and plan.batch_size > rows
+    return plan.updated(batch_size=None) if small else plan
 
 
 def local_steps(values: Mapping[str, Any], per_epoch: int | None) -> int:

@@ -131,15 +131,11 @@ def federate(
                 secret=secret,
                 folder=folder,
                 emit=(None if rank else on_event) or (lambda event: None),
-            )
-            federation.splits = frozenset(
-                name
-                for name, there in (("validation", validation is not None or final.keeps_best), ("test", rules.test is not None))
-                if there
+                seen=Seen(Path(run)) if rank and run is not None else None,
+                agree=agreed if ranks > 1 else None,
             )
             if ranks > 1:
                 federation.transport = Ranks(transport, federation.rows, federation.summary)
-                federation.agree, federation.seen = agreed, folder or (None if run is None else Seen(Path(run)))
             central = None if test is None or rules.test is not None else Source.of(test, target)
             if test is None and isinstance(named, Partition) and "test" in named.others:  # what the data brings is not dealt
                 central = replace(named.source, origin=named.others["test"], group=None, split=None)

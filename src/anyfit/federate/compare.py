@@ -24,7 +24,7 @@ from anyfit.record import start_from
 from anyfit.run import Run
 from anyfit.strategy import Strategy
 from anyfit.tree import clone, leaves, map_tensors
-from anyfit.worker import Worker, local_steps
+from anyfit.worker import Worker, local_steps, plan_for
 
 __all__ = ["check_comparable", "compared"]
 
@@ -88,8 +88,7 @@ class _Comparison:
 
     def _prepared(self, rows: Mapping[str, Rows], size: int | None) -> Prepared:
         """As at a site: one with fewer rows than a batch trains on all of them at once."""
-        small = self.plan.batch_size is not None and size is not None and self.plan.batch_size > size
-        plan = self.plan.updated(batch_size=None) if small else self.plan
+        plan = plan_for(self.plan, size)
         return Prepared(self.task, plan, self.device, self.schema, dict(rows), {}, self.task.collate)
 
     def _trained(self, rows: Mapping[str, Rows]) -> nn.Module:

@@ -16,7 +16,7 @@ from anyfit.codec import Codec
 from anyfit.data import Batches, Source
 from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError
 from anyfit.federate.noise import SiteNoise
-from anyfit.federate.rules import Rules, agreed, fairness, is_fitted, number_of
+from anyfit.federate.rules import Rules, agreed, changed_rules, fairness, is_fitted, number_of
 from anyfit.federate.transport import ALL, Transport
 from anyfit.fit import OnEvent, scalars
 from anyfit.guard import BUFFERS, LOSS, WEIGHTS
@@ -57,6 +57,8 @@ class Federation:
         secret: int = 0,
         folder: Folder | None = None,
         emit: OnEvent = lambda event: None,
+        seen: Folder | None = None,
+        agree: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.task, self.transport, self.strategy, self.rules, self.plan = task, transport, strategy, rules, plan
         self.privacy, self.memories, self._secret, self.folder, self._emit = privacy, memories, secret, folder, emit
@@ -80,8 +82,10 @@ class Federation:
         self.version = 1
         self.wide = False  # whether changes of weights have been too large for one limb of fixed point
         self.told: set[str] = set()  # tensors that were said to stay at the sites
-        self.seen = folder  # where a resume finds what was saved
-        self.agree: Callable[[list[int]], list[int]] = lambda flags: flags  # with whoever else runs this federation
+        self.seen = seen or folder  # where a resume finds what was saved
+        self.agree = agree or (lambda flags: flags)  # with whoever else runs this federation
+        wants = {"validation": rules.validation is not None or plan.keeps_best, "test": rules.test is not None}
+        self.splits = {split for split, wanted in wants.items() if wanted}  # that sites hold rows of beside those to train on
 
     def emit(self, event: dict[str, Any]) -> None:
         """Tell an event; who listens may answer "stop"."""
@@ -277,23 +281,7 @@ class Federation:
             if before is not None:
                 known = {name: value for name, value in record["data"].items() if name in before["data"]}
                 changed = compare(self.seen, before, {**record, "data": known, "privacy": before.get("privacy")})
-                if canonical(before["strategy"]) != canonical(record["strategy"]):
-                    raise StateError(
-                        f"run (={str(self.seen.path)!r}) has the strategy {before['strategy']}, not {record['strategy']}; start a new run"
-                    )
-                for name in ("validation", "test", "batch_statistics"):
-                    if before["rules"].get(name) != record["rules"][name]:
-                        raise StateError(
-                            f"{name} (={record['rules'][name]}) was {before['rules'].get(name)} in run (={str(self.seen.path)!r}); so a resume "
-                            "would not go on with the same rows and tensors; start a new run"
-                        )
-                self._compare_rows(before, record)
-                for name in ("limits", "faults"):
-                    if before.get(name) != record.get(name):
-                        changed[name] = [before.get(name), record.get(name)]
-                for name in sorted(set(record["rules"]) - {"rounds", "quorum", "deadline_s"}):
-                    if before["rules"].get(name) != record["rules"][name]:
-                        changed[name] = [before["rules"].get(name), record["rules"][name]]
+                changed |= changed_rules(f"run (={str(self.seen.path)!r})", before, record)
                 if changed:
                     record["forks"] = [*before["forks"], {"step": 0 if state is None else state.position.step, "changed": changed}]
             if state is not None:
@@ -303,17 +291,6 @@ class Federation:
                 if self.memories is not None:
                     self.memories.cut(0)
         self.record = record
-
-    def _compare_rows(self, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        """Refuse a resume whose sites would have other rows, or read them in another way."""
-        assert self.seen is not None
-        dealt = [{name: told.get("partition", {}).get(name) for name in ("how", "seed", "sha256")} for told in (before, record)]
-        for what, was, now in (("partition", *dealt), ("source", before.get("source"), record.get("source"))):
-            if canonical(was) != canonical(now):
-                raise StateError(
-                    f"run (={str(self.seen.path)!r}) has another {what} ({was} then, {now} now), so its sites would hold other rows; resume with "
-                    "the same, or start a new run"
-                )
 
     def _restore(self, state: State) -> None:
         assert self.seen is not None
@@ -403,7 +380,8 @@ class Federation:
 
     def _server(self, round: int, members: Sequence[str]) -> Server:
         weights = self.layout.flat(self.state.model[name] for name in self.layout.shapes).cpu()
-        return Server(weights.double(), self.layout, round, len(members), float(sum(self.rows[name] for name in members)), self.memory)
+        rows = float(sum(self.rows[name] for name in members))
+        return Server(weights.double(), self.layout, round, len(members), rows, dict(self.memory))
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -526,11 +504,10 @@ class Federation:
         total = self._attempted(round, members, tensors, sites, heard)
         if self.memories is not None:
             self.memories.settle(round, sites)
-        changed = replace(server, weights=server.weights.clone())
-        weights = self.strategy.finish(changed, total)
+        weights = self.strategy.finish(server, total)
         if not bool(torch.isfinite(weights).all()):
             raise NonFinite(f"a weight is not finite after round {round}; lower the learning rate. The last round's state is untouched.")
-        self.memory = changed.memory
+        self.memory = server.memory
         self._set_weights(weights, round)
         if BUFFERS in total:
             self._set_buffers(total.mean(BUFFERS)[BUFFERS])
@@ -569,14 +546,7 @@ class Federation:
                     self.missing = {}
                     return self.noise.total(Update())
             try:
-                try:
-                    total = self._send(self._order("train", round, tensors, **values), chosen, quorum, heard)
-                except NonFinite:  # too large for one limb of fixed point, which data in units of their own can well be
-                    if self.wide:
-                        raise
-                    self.wide, values["wide"] = True, True
-                    sites.clear()
-                    total = self._send(self._order("train", round, tensors, **values), chosen, quorum, heard)
+                total = self._trained(self._order("train", round, tensors, **values), chosen, quorum, sites, heard)
             except _NoQuorum as error:
                 problem = error
                 if self.rules.quorum is None or (self.noise is not None and self.noise.used_up):
@@ -592,6 +562,26 @@ class Federation:
                 raise RunError(f"round {round} has no row at any site; nothing was learnt")
             return total
         raise RunError(f"{problem}; the state after round {round - 1} is kept, and resume goes on from it") from problem
+
+    def _trained(
+        self,
+        order: Order,
+        chosen: Sequence[str],
+        quorum: int | None,
+        sites: dict[str, dict[str, Any]],
+        heard: Callable[[Order, Reply], None],
+    ) -> Update:
+        """The sum of one order's answers; where changes are too large for one limb of fixed point, as those of data in units of their
+        own can be, the order goes out again in two.
+        """
+        try:
+            return self._send(order, chosen, quorum, heard)
+        except NonFinite:
+            if self.wide:
+                raise
+        self.wide = True
+        sites.clear()
+        return self._send(replace(order, values={**order.values, "wide": True}), chosen, quorum, heard)
 
     def _chosen(self, round: int, members: Sequence[str], seed: int) -> list[str]:
         members = [name for name in members if name not in self.exhausted]
@@ -639,8 +629,8 @@ class Federation:
         first: dict[int, str] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             owner = first.setdefault(id(tensor), name)
-            if owner != name and (name in self.shared or owner in self.shared):
-                model[name] = model[owner] if owner in self.shared else model[name]
+            if owner in self.shared:
+                model[name] = model[owner]
 
     def summary(self, order: Order, update: Update) -> dict[str, Any]:
         """What is told of one site's update: its loss, or its figures."""
@@ -664,7 +654,7 @@ class Federation:
             return False
         if self.test is not None:
             self._line({"event": "evaluate", "round": round, "split": "test", **scalars(self._tested())})
-        if not self._has("validation"):
+        if "validation" not in self.splits:
             return False
         pooled, sites = self._pooled("validation")
         if not pooled:
@@ -682,11 +672,6 @@ class Federation:
                 self.best_model = clone(dict(self.state.model))
         self._line({"event": "evaluate", "round": round, "split": "validation", **scalars(pooled), "sites": sites, "best": better})
         return better and self.plan.keeps_best
-
-    def _has(self, split: str) -> bool:
-        return split in self.splits
-
-    splits: frozenset[str] = frozenset()  # that sites hold rows of beside those to train on
 
     def _tested(self) -> dict[str, Any]:
         assert self.test is not None
@@ -735,7 +720,7 @@ class Federation:
             if self.test is not None:
                 splits["test"] = self._tested()
             for split in ("validation", "test"):
-                if self._has(split) and split not in splits:
+                if split in self.splits and split not in splits:
                     splits[split], sites = self._pooled(split, at)
             if not self.splits and self.privacy is None and len(self.rows) <= MOST_LOOKED_AT:
                 splits |= self._looked_at(at, sites)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyfit.errors import DataError, InputError
+from anyfit.errors import DataError, InputError, StateError
 from anyfit.report.records import low_is_worse
 from anyfit.schema import Column, Schema
+from anyfit.values import canonical
 
-__all__ = ["Rules", "agreed", "fairness", "is_fitted", "number_of"]
+__all__ = ["Rules", "agreed", "changed_rules", "fairness", "is_fitted", "number_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,27 @@ def number_of(value: float | int | None, sites: int, name: str) -> int:
     if isinstance(value, bool) or not (0.0 < value <= 1.0 if isinstance(value, float) else value >= 1):
         raise InputError(f"{name} (={value!r}) must be a whole number of sites from 1, or a share above 0.0 and at most 1.0")
     return min(sites, value) if isinstance(value, int) else max(1, round(value * sites))
+
+
+def changed_rules(where: str, before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What a resume changes of its rules; refused where its sites would hold other rows or exchange other tensors."""
+    if canonical(before["strategy"]) != canonical(record["strategy"]):
+        raise StateError(f"{where} has the strategy {before['strategy']}, not {record['strategy']}; start a new run")
+    dealt = [{name: told.get("partition", {}).get(name) for name in ("how", "seed", "sha256")} for told in (before, record)]
+    for what, was, now in (("partition", *dealt), ("source", before.get("source"), record.get("source"))):
+        if canonical(was) != canonical(now):
+            raise StateError(
+                f"{where} has another {what} ({was} then, {now} now), so its sites would hold other rows; resume with the same, or start a new run"
+            )
+    for name in ("validation", "test", "batch_statistics"):
+        was, now = before["rules"].get(name), record["rules"][name]
+        if was != now:
+            raise StateError(
+                f"{name} (={now}) was {was} in {where}; so a resume would not go on with the same rows and tensors; start a new run"
+            )
+    told = [{**each["rules"], "limits": each.get("limits"), "faults": each.get("faults")} for each in (before, record)]
+    names = sorted(set(told[1]) - {"rounds", "quorum", "deadline_s"})
+    return {name: [told[0].get(name), told[1][name]] for name in names if told[0].get(name) != told[1][name]}
 
 
 def fairness(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from anyfit.errors import InputError, NonFinite, RunError
 from anyfit.run import Folder
-from anyfit.update import FINE, LARGEST, Group, Order, Reply, Total, Update
+from anyfit.update import FINE, LARGEST, Group, Order, Reply, Total, Update, largest_of
 from anyfit.values import parse
 from anyfit.worker import Worker
 
@@ -171,7 +171,7 @@ class Ranks:
             told.append({"site": reply.site, "error": error, "seconds": reply.seconds, "values": values, "size": reply.size})
         total = folded.update()
         plan = [
-            [name, key, list(group.exponents), list(value.shape), _largest(value)]
+            [name, key, list(group.exponents), list(value.shape), int(largest_of(value))]
             for name, group in total.groups.items()
             for key, value in group.sums.items()
         ]
@@ -214,10 +214,6 @@ def _others() -> Iterator[None]:
         raise RunError(
             f"another rank failed or is gone (see its own message); the state of the last saved round is kept, and resume goes on: {error}"
         ) from error
-
-
-def _largest(limbs: torch.Tensor) -> int:
-    return int(limbs.abs().max()) if limbs.numel() else 0
 
 
 def _reduced(total: Update, heard: Sequence[Mapping[str, Any]]) -> Update:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from anyfit.errors import InputError
+from anyfit.errors import InputError, TaskError
 from anyfit.guard import LOSS, WEIGHTS, Shapes
 from anyfit.update import Layout, Update
 
@@ -87,7 +87,7 @@ class Strategy(ABC):
 
     def combine(self, updates: Sequence[Update]) -> Update:
         """One update from those of a round, where `needs` is "each"; in the order of the sites' names."""
-        raise NotImplementedError
+        raise TaskError(f"{self.name} needs each update (needs='each'), so it has to make one of them; define combine(self, updates)")
 
     @abstractmethod
     def finish(self, server: Server, total: Update) -> Tensor:
