@@ -21,7 +21,7 @@ PYTHON ?= $(firstword $(foreach name,$(NAMES),$(shell $(name) -c '$(PROBE)' 2>/d
 PINNED_TORCH = $(shell grep '^torch==' constraints.txt)
 TORCH_SPEC = $(if $(TORCH),$(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH)),$(PINNED_TORCH))
 
-.PHONY: help setup demo test test-full check format docs bench bench-text bench-federation bench-rounds bench-large clean
+.PHONY: help setup demo test test-full check format docs bench bench-text bench-federation bench-rounds bench-large bench-cluster bench-scaling clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-23s %s\n", $$1, $$2}'
@@ -82,6 +82,12 @@ bench-rounds: $(READY) ## rounds to 0.97 on MNIST over sites of two digits each
 
 bench-large: $(READY) ## memory on a CSV of 5 GB
 	@$(PY) benchmarks/large.py $(ARGS)
+
+bench-cluster: $(READY) ## unequal ranks against equal shares and DDP; drift, deaths
+	@$(PY) benchmarks/cluster.py $(ARGS)
+
+bench-scaling: $(READY) ## up to 1,024 unequal GPUs, simulated from what is measured here
+	@$(PY) benchmarks/scaling.py $(ARGS)
 
 clean: ## remove what builds and tests leave; environments and runs stay
 	@rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

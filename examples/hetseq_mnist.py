@@ -2,7 +2,8 @@
 
     python examples/hetseq_mnist.py [FOLDER OF THE IDX FILES]
 
-Dropout2d on a flat tensor, a mistake of the original, is a plain Dropout here. Without a folder it trains on the bundled digits.
+Optimizer, decay and clipping are those of HetSeq's own script. Dropout2d on a flat tensor, a mistake of the original, is a plain Dropout
+here. Without a folder it trains on the bundled digits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import anyfit
+from anyfit.adapt.hetseq import polynomial_decay
 
 
 class MNISTNet(nn.Module):
@@ -39,7 +41,16 @@ class MNISTNet(nn.Module):
 
 
 class MNIST(anyfit.Task):
-    lr: float = 1e-3
+    lr: float = 1.01
+
+    def plan(self) -> anyfit.Plan:
+        return anyfit.Plan(epochs=20, batch_size=64, clip=100.0)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adadelta(model.parameters(), lr=self.lr)
+
+    def build_schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> anyfit.Schedule:
+        return polynomial_decay(optimizer, total_num_update=50_000)
 
     def build_model(self, schema: anyfit.Schema) -> nn.Module:
         image = schema["image"]

@@ -81,7 +81,7 @@ def arm(when: str) -> Any:
         anyfit.state.save_file = torn  # type: ignore[assignment]
     elif kind == "rename":
         mark_best = Folder.mark_best
-        Folder.mark_best = lambda self, path: die() if reached() else mark_best(self, path)  # type: ignore[method-assign]
+        Folder.mark_best = lambda self, path, state=None: die() if reached() else mark_best(self, path, state)  # type: ignore[method-assign]
     elif kind == "line":
         line = Folder.line
 

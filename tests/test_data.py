@@ -28,6 +28,7 @@ from anyfit import Plan, Schema, Source
 from anyfit.data import (
     LoaderBatches,
     RowBatches,
+    Share,
     TensorBatches,
     by_column,
     by_fraction,
@@ -863,7 +864,7 @@ def test_shares_of_a_step_are_its_rows_in_order(rows: int, batch_size: int, accu
     for offset in range(batches.steps_per_epoch):
         whole = batches.window(Position(0, 1, offset))
         parts = [
-            batch for first, last in pairwise(bounds) for batch in batches.window(Position(0, 1, offset), slice(first, max(first, last)))
+            batch for first, last in pairwise(bounds) for batch in batches.window(Position(0, 1, offset), Share(first, max(first, last)))
         ]
         for index in range(2):
             assert torch.cat([batch[index] for batch in whole]).tolist() == torch.cat([batch[index] for batch in parts]).tolist()
@@ -901,7 +902,7 @@ def test_chunks_and_shares_show_the_same_rows() -> None:
     for offset in (0, 63, 64, 200, 357):
         whole = batches.window(Position(0, 1, offset))
         size = sum(len(batch["x"]) for batch in whole)
-        parts = [batches.window(Position(0, 1, offset), slice(*bounds)) for bounds in ((0, 3), (3, 3), (3, size))]
+        parts = [batches.window(Position(0, 1, offset), Share(*bounds)) for bounds in ((0, 3), (3, 3), (3, size))]
         assert torch.cat([batch["x"] for batch in whole]).tolist() == torch.cat([b["x"] for part in parts for b in part]).tolist()
         assert all(torch.equal(batch["x"], -batch["y"]) for batch in whole)
 
@@ -988,7 +989,7 @@ def test_loaders_are_taken_apart_or_run_as_they_are() -> None:
             batches.window(Position(0, 0, 3))
         assert len(batches.window(Position(2, 1, 0))) == 1, "an epoch may begin anew"
         with pytest.raises(InputError, match="cannot be shared"):
-            batches.window(Position(0, 0, 1), slice(0, 1))
+            batches.window(Position(0, 0, 1), Share(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ def commands(group: Any = COMMANDS, prefix: str = "") -> dict[str, Any]:
     """Every command by its whole name."""
     found: dict[str, Any] = {}
     for name, command in group.commands.items():
+        if command.hidden:  # what a launcher starts
+            continue
         whole = f"{prefix}{name}"
         found |= commands(command, f"{whole} ") if hasattr(command, "commands") else {whole: command}
     return found

@@ -6,13 +6,13 @@ import random
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ranks import Rank, Ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 from torch.utils.data import Dataset, IterableDataset
@@ -20,8 +20,8 @@ from torch.utils.data import Dataset, IterableDataset
 import anyfit
 import anyfit.schedule
 from anyfit import Plan, Schema, Step, Task
-from anyfit.data import make_batches, uniform
-from anyfit.engine import Losses, Stepped, Trainer, evaluate, load_model, make_trainer, predict, train
+from anyfit.data import Share, make_batches, uniform
+from anyfit.engine import Alone, Local, Losses, Stepped, Trainer, evaluate, load_model, make_trainer, predict, train
 from anyfit.errors import DataError, InputError, Lost, NonFinite, TaskError
 from anyfit.machine import seed_all
 from anyfit.state import Position, State
@@ -119,7 +119,7 @@ def test_a_window_in_which_nothing_counts_is_the_same_step_however_it_is_cut(sgd
     y[made(Net(), (x, y), one)[1].order(0)[32:48]] = -100
     alone = weights(run(Net(sgd=sgd), (x, y), one, 4))
     assert torch.allclose(weights(run(Net(sgd=sgd), (x, y), many, 4)), alone, atol=1e-12, rtol=0)
-    for worker in Group([slice(0, 5), slice(5, 16)]).run(Net(sgd=sgd), (x, y), one, 4):
+    for worker in ranked(Net(sgd=sgd), (x, y), one, 4, "5:11"):
         assert torch.allclose(weights(worker), alone, atol=1e-12, rtol=0)
     for plan in (many, one):
         assert weights(run(Net(sgd=sgd), (x, y), plan.updated(dtype="float32", precision="fp16"), 4)).isfinite().all()
@@ -192,7 +192,7 @@ def test_a_second_backward_before_apply_is_added_exactly() -> None:
     assert torch.allclose(weights(run(Twice(), points(), plan, 5)), weights(run(Net(), points(), plan, 5)), atol=1e-13, rtol=0)
 
 
-class Flaky:
+class Flaky(Alone):
     """A group of one that loses a worker at some steps, after the gradients were made."""
 
     alone = False
@@ -200,19 +200,18 @@ class Flaky:
     def __init__(self, losses: set[int]) -> None:
         self.calls, self.losses = 0, losses
 
-    def share(self, step: int, size: int) -> slice | None:
-        return slice(0, size)
+    def share(self, position: Position, units: int) -> Share:
+        self.shares = [Share(0, units)]
+        return self.shares[0]
 
-    def reduce(self, gradients: Sequence[Tensor], count: Any) -> Any:
+    def reduce(self, parameters: Sequence[nn.Parameter], local: Local) -> Local:
         self.calls += 1
         if self.calls in self.losses:
-            for gradient in gradients:
-                gradient.fill_(float("nan"))
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
             raise Lost("a worker is gone")
-        return count
-
-    def agree(self, flag: bool) -> bool:
-        return flag
+        return local
 
 
 class Normed(Net):
@@ -220,59 +219,30 @@ class Normed(Net):
         return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
 
 
-class Group:
-    """Workers in threads, each with its slice of every step; sums go over all of them."""
+def ranked(task: Task, data: Any, plan: Plan, steps: int, shares: str) -> list[Trainer]:
+    """The same over real ranks, as threads, which start with the weights that `run` starts with."""
+    lock = threading.Lock()
 
-    alone = False
+    def work(rank: Rank) -> Trainer:
+        rank.meet()
+        with lock:  # they share torch's generator, and draw from it here alone
+            trainer, batches = made(task, data, plan, workers=rank.group)
+        rank.group.every(lambda: True)
+        for _ in train(trainer, batches, steps):
+            pass
+        rank.group.done()
+        return trainer
 
-    def __init__(self, slices: Sequence[slice]) -> None:
-        self.slices, self.given = slices, {}
-        self.meet = threading.Barrier(len(slices), timeout=20)
-        self.local = threading.local()
-
-    def share(self, step: int, size: int) -> slice:
-        return self.slices[self.local.rank]
-
-    def reduce(self, gradients: Sequence[Tensor], count: Any) -> Any:
-        self.given[self.local.rank] = ([gradient.clone() for gradient in gradients], count)
-        self.meet.wait()
-        everyone = [self.given[rank] for rank in range(len(self.slices))]
-        self.meet.wait()
-        for index, gradient in enumerate(gradients):
-            gradient.copy_(sum(theirs[index] for theirs, _ in everyone))
-        return sum(count for _, count in everyone)
-
-    def agree(self, flag: bool) -> bool:
-        return flag
-
-    def run(self, task: Task, data: Any, plan: Plan, steps: int) -> list[Trainer]:
-        def work(rank: int) -> Trainer:
-            self.local.rank = rank
-            trainer, batches = trainers[rank]
-            try:
-                for _ in train(trainer, batches, steps):
-                    pass
-            except BaseException:
-                self.meet.abort()
-                raise
-            return trainer
-
-        trainers = [made(task, data, plan, workers=self) for _ in self.slices]
-        with ThreadPoolExecutor(len(self.slices)) as pool:
-            futures = [pool.submit(work, rank) for rank in range(len(self.slices))]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-            raise error
-        return [future.result() for future in futures]
+    return Ranks(shares.count(":") + 1, shares=shares).run(work)
 
 
-# 64 rows in windows of 24: the last window of an epoch has 16 rows, of which the second worker gets none in the second case
-@pytest.mark.parametrize("slices", [(slice(0, 5), slice(5, 24)), (slice(0, 16), slice(16, 24)), (slice(0, 1), slice(1, 2), slice(2, 24))])
+# 64 rows in windows of 24: the last window of an epoch has 16 rows, of which the first worker gets none in the last case
+@pytest.mark.parametrize("shares", ["5:19", "2:1", "1:1:22", "1:100"])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_unequal_workers_take_the_steps_of_one(slices: Sequence[slice], accumulate: int) -> None:
+def test_unequal_workers_take_the_steps_of_one(shares: str, accumulate: int) -> None:
     plan = Plan(batch_size=24 // accumulate, accumulate=accumulate, dtype="float64", clip=0.5)
     alone = run(Net(), points(64), plan, 7)
-    for worker in Group(slices).run(Net(), points(64), plan, 7):
+    for worker in ranked(Net(), points(64), plan, 7, shares):
         assert torch.allclose(weights(worker), weights(alone), atol=1e-12, rtol=0)
 
 
@@ -307,8 +277,9 @@ def test_a_lost_worker_leads_to_the_same_step_again(accumulate: int) -> None:
     assert flaky.calls == 9
     assert torch.equal(weights(calm), weights(shaken))
     assert all(torch.equal(a, b) for a, b in zip(calm.model.buffers(), shaken.model.buffers(), strict=True))
-    alone = run(Normed(), points(), plan, 6)
-    assert torch.allclose(weights(calm), weights(alone), atol=1e-12, rtol=0)
+    exact = plan.updated(exact_dropout=True)  # other masks are drawn for each worker
+    shaken, alone = run(Normed(), points(), exact, 6, workers=Flaky({2, 6})), run(Normed(), points(), exact, 6)
+    assert torch.allclose(weights(shaken), weights(alone), atol=1e-12, rtol=0)
 
 
 class Pictures(Net):
@@ -734,7 +705,7 @@ def test_augmentation_depends_on_position_alone() -> None:
     plan = Plan(batch_size=24, dtype="float64", seed=5)
     whole = made(Jitter(), points(), plan)[1].window(Position(1, 2, 1))
     small = made(Jitter(), points(), Plan(batch_size=6, accumulate=4, dtype="float64", seed=5))[1].window(Position(1, 2, 1))
-    shared = [made(Jitter(), points(), plan)[1].window(Position(1, 2, 1), slice(*part)) for part in ((0, 5), (5, 24))]
+    shared = [made(Jitter(), points(), plan)[1].window(Position(1, 2, 1), Share(*part)) for part in ((0, 5), (5, 24))]
     assert torch.equal(whole[0][0], torch.cat([batch[0] for batch in small]))
     assert torch.equal(whole[0][0], torch.cat([batch[0] for window in shared for batch in window]))
     other = made(Jitter(), points(), plan)[1].window(Position(1, 3, 1))

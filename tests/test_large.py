@@ -32,6 +32,7 @@ from anyfit import Plan, Source
 from anyfit.data import (
     Blocks,
     Ragged,
+    Share,
     Stream,
     blocks,
     files,
@@ -348,11 +349,11 @@ def test_an_epoch_of_blocks_sees_each_row_once_and_any_step_can_be_sought(
     anew = of_blocks(held, build, plan)
     for offset in {0, len(windows) // 2, len(windows) - 1}:
         assert [rows_of(batch) for batch in anew.window(Position(0, epoch, offset))] == windows[offset], "a jump finds the same step"
-        bounds = [0, *sorted(cuts), batches.step_size]
+        bounds = [0, *sorted(cuts), batches.units(Position(0, epoch, offset))]
         shares = [
             row
             for first, last in pairwise(bounds)
-            for batch in anew.window(Position(0, epoch, offset), slice(first, max(first, last)))
+            for batch in anew.window(Position(0, epoch, offset), Share(first, max(first, last)))
             for row in rows_of(batch)
         ]
         assert shares == [row for batch in windows[offset] for row in batch], "shares of a step are its rows in order"
@@ -378,7 +379,7 @@ def test_epochs_differ_seeds_differ_and_rows_mix_beyond_their_block(held: Blocks
 def test_what_augments_a_sample_does_not_depend_on_the_worker(held: Blocks) -> None:
     batches = of_blocks(held, "tensors", Plan(batch_size=50, accumulate=2), augment=lambda batch, uniform: {**batch, "u": uniform()})
     whole = torch.cat([batch["u"] for batch in batches.window(Position(0, 0, 1))])
-    parts = [batch["u"] for share in (slice(0, 30), slice(30, 100)) for batch in batches.window(Position(0, 0, 1), share)]
+    parts = [batch["u"] for share in (Share(0, 30), Share(30, 100)) for batch in batches.window(Position(0, 0, 1), share)]
     assert torch.equal(whole, torch.cat(parts)) and len(set(whole.tolist())) == 100
 
 
@@ -816,7 +817,7 @@ def test_a_row_that_does_not_fit_the_types_of_the_first_is_named_with_the_way_ou
     with pytest.raises(InputError, match=r"batch_size \(=None\)"):
         make_batches(stream, Plan(batch_size=None), list, device=CPU, build=as_tensors, columns=stream.first().schema)
     with pytest.raises(InputError, match="a stream cannot be shared"):
-        batches.window(Position(), slice(0, 1))
+        batches.window(Position(), Share(0, 1))
     with pytest.raises(DataError, match="cannot be split by fraction"):
         read_splits(Source(stream), 0.2, None, wants_validation=False)
 

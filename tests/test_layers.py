@@ -35,7 +35,7 @@ ROWS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("strategy",), ()),
     (("tasks", "engine"), ("hub",)),
     (("task", "guard"), ()),
-    (("private",), ()),
+    (("private", "dropout"), ()),
     (("data", "state", "metrics", "schedule", "machine", "embedding"), ("pages",)),
     (("update", "codec"), ("report", "bundle")),
     (("tree",), ("run", "wire", "policy")),

@@ -13,6 +13,7 @@ import pytest
 import anyfit
 
 NAMES = [
+    "Cluster",
     "Column",
     "Cyclic",
     "Estimator",
@@ -62,6 +63,7 @@ NAMES = [
     "evaluate",
     "federate",
     "fit",
+    "from_hetseq",
     "from_lightning",
     "from_transformers",
     "load",

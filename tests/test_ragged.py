@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyfit import Plan
-from anyfit.data import LENGTHS, Ragged, make_batches, packed, ragged
+from anyfit.data import LENGTHS, Ragged, Share, make_batches, packed, ragged
 from anyfit.errors import DataError, InputError
 from anyfit.state import Position
 
@@ -96,10 +96,13 @@ def test_an_epoch_sees_each_row_once_with_shares_windows_and_chunks_of_any_size(
     for offset in range(batches.steps_per_epoch):
         window = [check(batch, rows) for batch in batches.window(Position(0, epoch, offset))]
         assert len(window) <= accumulate and all(len(batch) == plan.batch_size for batch in window[:-1])
+        step = [place for batch in window for place in batch]
+        begins = [sum(max(1, len(rows[place])) for place in step[:index]) for index in range(len(step))]
         bounds = [0, *sorted(cuts), 999]
         for first, last in pairwise(bounds):
-            share = [check(batch, rows) for batch in sought.window(Position(0, epoch, offset), slice(first, last))]
-            assert [p for batch in share for p in batch] == [p for batch in window for p in batch][first:last], "a share is its rows"
+            share = [check(batch, rows) for batch in sought.window(Position(0, epoch, offset), Share(first, last))]
+            taken = [p for p, begin in zip(step, begins, strict=True) if first <= begin < last]
+            assert [p for batch in share for p in batch] == taken, "a share is the rows that begin in it"
             assert all(len(batch) == plan.batch_size for batch in share[:-1])
         seen += [place for batch in window for place in batch]
     assert len(seen) == len(set(seen)) and (drop or len(seen) == len(rows))
@@ -129,7 +132,7 @@ def test_augmentation_does_not_depend_on_shares_and_chunks() -> None:
         augment=lambda batch, uniform: {"u": uniform(), **batch},
     )
     whole = torch.cat([batch["u"] for batch in batches.window(Position(0, 0, 2))])
-    parts = [batch["u"] for share in (slice(0, 5), slice(5, 16)) for batch in batches.window(Position(0, 0, 2), share)]
+    parts = [batch["u"] for share in (Share(0, 5), Share(5, 16)) for batch in batches.window(Position(0, 0, 2), share)]
     assert torch.equal(whole, torch.cat(parts))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ def state(channels_last: bool = False, sgd: bool = False) -> State:
     )
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().as_strided([tensor.numel()], [1]).view(torch.uint8)
+
+
 @pytest.mark.parametrize("sgd", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_save_and_load_are_the_identity_strides_included(channels_last: bool, sgd: bool, tmp_path: Path) -> None:
@@ -65,16 +70,17 @@ def test_save_and_load_are_the_identity_strides_included(channels_last: bool, sg
         torch.randn(2, 3, 4).permute(2, 0, 1),
         torch.randn(1).expand(5),
         torch.randn(6)[::2],
+        torch.randn(2)[::2],
         torch.randn(4, 1, 3, 3).to(memory_format=torch.channels_last),
         torch.tensor([float("nan"), float("inf"), -0.0]),
     ],
-    ids=["bfloat16", "bool", "scalar", "empty", "permuted", "expanded", "strided", "one channel", "not finite"],
+    ids=["bfloat16", "bool", "scalar", "empty", "permuted", "expanded", "strided", "one of a stride", "one channel", "not finite"],
 )
 def test_tensors_of_every_kind_come_back_to_the_bit(tensor: torch.Tensor, tmp_path: Path) -> None:
     State(model={"t": tensor}).save(tmp_path / "s")
     loaded = State.load(tmp_path / "s").model["t"]
     assert loaded.dtype == tensor.dtype and loaded.shape == tensor.shape
-    assert torch.equal(loaded.contiguous().flatten().view(torch.uint8), tensor.contiguous().flatten().view(torch.uint8))
+    assert torch.equal(bits(loaded), bits(tensor))
 
 
 @pytest.mark.parametrize("view", [lambda x: x.t(), lambda x: x.view(16), lambda x: x[:2]], ids=["transposed", "flat", "part"])
@@ -167,6 +173,21 @@ def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(tmp_path: Path) 
         State(extras=bad).save(file)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_a_kill_leaves_of_a_write_has_a_name_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors begins with a file of another name, which nobody could know as part of this one."""
+    seen: list[list[str]] = []
+
+    def watched(tensors: Any, path: Path, metadata: Any) -> None:
+        path.with_name(".tmp123456").touch()
+        seen.append(sorted(entry.name for entry in tmp_path.iterdir()))
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr("anyfit.state.save_file", watched)
+    state().save(tmp_path / "s.safetensors")
+    assert all(re.fullmatch(r"\.s\.safetensors\..*\.(tmp|part)", name) for name in seen[0]) and len(seen[0]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_a_state_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:

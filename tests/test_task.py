@@ -302,10 +302,10 @@ def test_code_is_told_apart_with_and_without_its_source(with_source: bool, tmp_p
     def code(body: str, name: str) -> str:
         if with_source:
             (tmp_path / f"{name}.py").write_text("from anyfit import Task\n" + SOURCE.format(body))
-            return task_code(type(anyfit.load(f"{tmp_path / name}.py:T")))
+            return task_code(anyfit.load(f"{tmp_path / name}.py:T"))
         namespace: dict[str, Any] = {"Task": Task, "__name__": "nowhere"}
         exec(SOURCE.format(body), namespace)
-        return task_code(namespace["T"])
+        return task_code(namespace["T"]())
 
     first = [code(body, f"a{index}") for index, body in enumerate(BODIES)]
     again = [code(body, f"b{index}") for index, body in enumerate(BODIES)]
@@ -319,8 +319,8 @@ def test_code_covers_the_classes_that_a_task_inherits_from() -> None:
     class Other(Holder):
         pass
 
-    assert len({task_code(cls) for cls in (Given, Holder, Child, Other)}) == 4
-    assert task_code(Child) == task_code(Child)
+    assert len({task_code(cls()) for cls in (Given, Holder, Child, Other)}) == 4
+    assert task_code(Child()) == task_code(Child())
 
 
 def test_collate_nests_and_pads() -> None:

@@ -11,9 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anyfit.adapt.hetseq import from_hetseq
     from anyfit.adapt.huggingface import from_transformers
     from anyfit.adapt.lightning import from_lightning
     from anyfit.check import check
+    from anyfit.cluster import Cluster
     from anyfit.data import Partition, Source, Stream, partition
     from anyfit.engine import Trainer
     from anyfit.estimator import Estimator
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from anyfit.values import File, Plan
 
 _PLACES = {
+    "Cluster": "cluster",
     "Column": "schema",
     "Cyclic": "strategy",
     "Estimator": "estimator",
@@ -102,6 +105,7 @@ _PLACES = {
     "evaluate": "fit",
     "federate": "federate",
     "fit": "fit",
+    "from_hetseq": "adapt.hetseq",
     "from_lightning": "adapt.lightning",
     "from_transformers": "adapt.huggingface",
     "load": "load",
@@ -113,6 +117,7 @@ _PLACES = {
 
 __all__ = [
     "PCA",
+    "Cluster",
     "Column",
     "Cyclic",
     "Estimator",
@@ -161,6 +166,7 @@ __all__ = [
     "evaluate",
     "federate",
     "fit",
+    "from_hetseq",
     "from_lightning",
     "from_transformers",
     "load",

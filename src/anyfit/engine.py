@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anyfit.data import Batches
+from anyfit.data import Batches, Share, mix_seed
+from anyfit.dropout import ExactDropout
 from anyfit.embedding import UsedRows, used_rows
 from anyfit.errors import DataError, InputError, Lost, NonFinite, RunError, TaskError
-from anyfit.machine import autocast, random_state, set_random_state
+from anyfit.machine import autocast, random_state, seed_all, set_random_state
 from anyfit.metrics import Accumulator
 from anyfit.private import PrivateGradient, PrivateSteps
 from anyfit.schedule import Schedule
 from anyfit.state import Position, State
 from anyfit.task import Step, Task, evaluating, measure
-from anyfit.tree import clone, map_tensors, wide
+from anyfit.tree import clone, first_tensor, map_tensors, wide
 from anyfit.values import Plan
 
 __all__ = [
     "Alone",
     "Extras",
+    "Local",
     "Losses",
     "Stateful",
     "Stepped",
@@ -56,34 +58,73 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What stands beside gradients: the sums of a worker's part of a step, or of all of it."""
+
+    count: float
+    loss: float  # times count
+    logs: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # (value times count, count)
+
+
 class Workers(Protocol):
     """Who computes a step together: `Alone`, or a cluster's group."""
 
     alone: bool
+    rank: int
+    phantom: bool  # the batch at hand belongs to another worker: it is computed so that all take part, and counts nothing
+    synced: int  # layers whose batch statistics are those of all workers: each takes part in every batch
+    shares: Sequence[Share]  # everyone's part of the step at hand
+    rows: int  # at most at once, of the step at hand
 
-    def share(self, step: int, size: int) -> slice | None:
-        """The part of a step's samples that this worker takes; None for all."""
+    def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Take part in the steps of a model, until `detach`."""
 
-    def reduce(self, gradients: Sequence[Tensor], count: Count) -> Count:
-        """Add gradients in place and counts over all workers; raises Lost, upon which the same step is tried again."""
+    def detach(self, model: nn.Module) -> None:
+        """Leave it as it was."""
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any worker raised the flag."""
+    def share(self, position: Position, units: int) -> Share | None:
+        """The part of a step's units that this worker takes; None for all."""
+
+    def last(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The next backward is the last of this step: sums may begin while it runs."""
+
+    def reduce(self, parameters: Sequence[nn.Parameter], local: Local) -> Local:
+        """Add gradients and sums over all workers; raises Lost, upon which the same step is tried again."""
+
+    def stepped(self) -> None:
+        """The step at hand is done: it will not be tried again."""
+
+    def short_of_memory(self) -> None:
+        """So many rows at once were too many; the same step is tried again with fewer."""
 
 
 class Alone:
     """One process: nothing to share, nothing to wait for."""
 
-    alone = True
+    alone, rank, phantom, synced, rows = True, 0, False, 0, 0
+    shares: Sequence[Share] = ()
 
-    def share(self, step: int, size: int) -> slice | None:
+    def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        pass
+
+    def detach(self, model: nn.Module) -> None:
+        pass
+
+    def share(self, position: Position, units: int) -> Share | None:
         return None
 
-    def reduce(self, gradients: Sequence[Tensor], count: Count) -> Count:
-        return count
+    def last(self, parameters: Sequence[nn.Parameter]) -> None:
+        pass
 
-    def agree(self, flag: bool) -> bool:
-        return flag
+    def reduce(self, parameters: Sequence[nn.Parameter], local: Local) -> Local:
+        return local
+
+    def stepped(self) -> None:
+        pass
+
+    def short_of_memory(self) -> None:
+        raise RunError("memory is full; pass a smaller batch_size, and accumulate for the rest")
 
 
 @dataclass(slots=True)
@@ -157,8 +198,15 @@ class Trainer:
         self._counts: list[Count] = []  # of the batches since the last apply
         self._expects_more = False  # whether the window has several batches
         self._summed = False  # whether gradients are sums over nominal, or still the mean of one batch
+        self._guards: list[Any] = []  # hooks at the optimizers
         self._tables: list[UsedRows] = []  # of which only the rows in use are trained
         self._stepping = False
+        self._looked = False  # whether a step draws what exact dropout does not cover
+        self._committing = False
+        self._expected = self._real = 0  # batches of the window, and those that are this worker's own
+        self._reduced = 0  # of `steps`, how many are sums over all workers
+        self.dropout: ExactDropout | None = None  # while `train` runs, where the plan asks for it
+        self.notices: list[str] = []  # what the user should know of the steps
         self.private = None if private is None else self._private(private)
 
     def _private(self, steps: PrivateSteps) -> PrivateGradient:
@@ -169,6 +217,18 @@ class Trainer:
         if not self.workers.alone:
             raise InputError("private steps are taken by one worker alone; use one process")
         return PrivateGradient(self.task, self._model, self._trained, steps, self.plan)
+
+    @property
+    def trained(self) -> Sequence[nn.Parameter]:
+        """All that the optimizers train, each once."""
+        return self._trained
+
+    def _only_from_apply(self, optimizer: Optimizer, *given: Any) -> None:
+        if not self._committing:
+            raise TaskError(
+                f"train_step of {type(self.task).__name__} calls {type(optimizer).__name__}.step() itself, so ranks would go apart; call "
+                "trainer.backward(step) and trainer.apply() in its place"
+            )
 
     @property
     def model(self) -> nn.Module:
@@ -184,6 +244,29 @@ class Trainer:
             self._leave()
         return self._optimizers
 
+    def _begin(self, batches: Batches) -> None:
+        """What holds while `train` runs, until `_end`."""
+        self.use_rows(batches)
+        if self.plan.exact_dropout:
+            if self.private is not None:
+                raise InputError("exact_dropout (=True) does not go with privacy, which takes rows one by one; leave one of them out")
+            self.dropout = ExactDropout(self._model, self.plan.seed)
+        if not self.workers.alone:
+            for table in self._tables:
+                table.enter()
+            self.workers.attach(self._model, self._trained)
+            self._guards = [optimizer.register_step_pre_hook(self._only_from_apply) for optimizer in self._optimizers.values()]
+
+    def _end(self) -> None:
+        self._leave()
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
+        self.workers.detach(self._model)
+        if self.dropout is not None:
+            self.dropout.leave()
+            self.dropout = None
+
     def _leave(self) -> None:
         for table in self._tables:
             table.leave()
@@ -191,7 +274,7 @@ class Trainer:
     def use_rows(self, batches: Batches) -> None:
         """Train only those word vectors that the training texts hold, where that is the same."""
         columns = getattr(batches, "columns", None)
-        plain = type(self.task).train_step is Task.train_step and self.workers.alone and self.correct is None
+        plain = type(self.task).train_step is Task.train_step and self.correct is None
         plain = plain and self.private is None  # which words are in use is private too: all get noise
         if columns is None or not plain or not self.plan.used_rows or self._tables:
             return
@@ -216,6 +299,8 @@ class Trainer:
         if not isinstance(step, Step):
             raise TaskError(f"step() of {type(self.task).__name__} returned a {type(step).__name__}; return anyfit.Step(loss, count, ...)")
         self.steps.append(step)
+        if not self.workers.alone and self._takes_part(step):
+            return
         if not self._counts:
             self._summed = self._expects_more or not self.workers.alone
         elif not self._summed:  # a second batch after all: what stands is the first one's mean
@@ -225,17 +310,50 @@ class Trainer:
         if self._summed and isinstance(step.count, Tensor) and step.count.device.type == "cpu" and not float(step.count) > 0:
             # nothing counts, so zero is added; the mean over nothing (0/0) must not spoil the other batches
             for parameter in self._trained:
-                if parameter.grad is None:
+                if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
             return
         loss = step.loss * self._share_of(step.count) if self._summed else step.loss
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        if self.plan.precision == "fp32":
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            with torch.autocast(self.device.type, enabled=False):
-                loss.backward()  # type: ignore[no-untyped-call]
+        self._differentiate(loss)
+
+    def _differentiate(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        if self.dropout is not None:
+            self.dropout.in_backward = True
+        try:
+            if self.plan.precision == "fp32":
+                loss.backward(gradient)  # type: ignore[no-untyped-call]
+            else:
+                with torch.autocast(self.device.type, enabled=False):
+                    loss.backward(gradient)  # type: ignore[no-untyped-call]
+        finally:
+            if self.dropout is not None:
+                self.dropout.in_backward = False
+
+    def _takes_part(self, step: Step) -> bool:
+        """Among several workers: a batch that counts nothing here only runs, where others need that; and the last one may begin the sums."""
+        place = len(self._counts)
+        counts = not self.workers.phantom and float(step.count) > 0
+        if counts and place + 1 == self._expected == self._real:
+            self.workers.last(self._trained)
+        if counts:
+            return False
+        self.steps.pop()
+        self._counts.append(0)
+        self._summed = True
+        if self.workers.synced:
+            outputs = step.outputs if isinstance(step.outputs, Tensor) and step.outputs.requires_grad else None
+            if outputs is None and not self.workers.phantom:
+                raise TaskError(
+                    f"no label of a rank's part counts, and step() of {type(self.task).__name__} gives no outputs through which the batch statistics "
+                    "of the others could be followed; return Step(loss, count, outputs)"
+                )
+            self._differentiate(step.loss * 0) if outputs is None else self._differentiate(outputs, torch.zeros_like(outputs))
+        if self.workers.phantom and self._real == 0:
+            for parameter in self._trained:
+                parameter.grad = None
+        return True
 
     def _share_of(self, count: Count) -> float | Tensor:
         """Count / nominal; whole numbers on a device would divide to float32."""
@@ -257,13 +375,10 @@ class Trainer:
         if name is not None and name not in self._optimizers:
             raise TaskError(f"apply(name={name!r}) names no optimizer; there are: {', '.join(self._optimizers)}")
         parameters = self._trained if name is None else self._parameters[name]
-        if self._summed or not self.workers.alone:
-            count: Count = sum(self._counts[1:], start=self._counts[0]) if self._counts else 0
-            if not self.workers.alone:
-                for parameter in parameters:  # a share of no samples adds nothing, but takes part
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                count = self.workers.reduce([p.grad for p in parameters if p.grad is not None], count)
+        if not self.workers.alone:
+            self._scale(parameters, self.nominal / max(self._sum(parameters), 1e-30))
+        elif self._summed:
+            count: Count = sum(self._counts[1:], start=self._counts[0])
             # where nothing counted (all labels ignored) the gradients are zero and stay zero
             total = wide(count).clamp(min=1e-30) if isinstance(count, Tensor) else max(count, 1e-30)
             self._scale(parameters, self.nominal / total)
@@ -277,6 +392,33 @@ class Trainer:
             parameter.grad = None
         self._counts, self._summed = [], False
 
+    def _sum(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Add gradients, counts, losses of all workers; the total count. What was stepped since then is known as one Step."""
+        own = type(self.task).train_step is not Task.train_step
+        if own and not self._counts:
+            raise TaskError(
+                f"train_step of {type(self.task).__name__} called apply() without backward(step); ranks add what trainer.backward() was given, by "
+                "its count"
+            )
+        steps = [(step, float(step.count)) for step in self.steps[self._reduced :]]
+        names = sorted({name for step, _ in steps for name in step.logs or {}})
+        logs = {name: [(float(step.logs[name]), count) for step, count in steps if step.logs and name in step.logs] for name in names}
+        local = Local(
+            sum(count for _, count in steps),
+            sum(float(step.loss.detach()) * count for step, count in steps),
+            {name: (sum(value * count for value, count in given), sum(count for _, count in given)) for name, given in logs.items()},
+        )
+        total = self.workers.reduce(parameters, local)
+        if not total.count:  # as in one process: momentum and decay act on a step in which nothing counts
+            for parameter in parameters:
+                if parameter.grad is None and parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        mean = torch.tensor(total.loss / total.count if total.count else 0.0, dtype=torch.float64)
+        means = {name: torch.tensor(value / count, dtype=torch.float64) for name, (value, count) in total.logs.items()}
+        self.steps[self._reduced :] = [Step(mean, torch.tensor(total.count, dtype=torch.float64), logs=means or None)]
+        self._reduced += 1
+        return total.count
+
     def _commit(self, name: str) -> None:
         optimizer, parameters = self._optimizers[name], self._parameters[name]
         if self.scaler is not None:
@@ -288,16 +430,20 @@ class Trainer:
         for table in self._tables:
             if table.optimizer is optimizer:
                 table.stepped()
-        if self.scaler is not None:
-            self.scaler.step(optimizer)
-        else:
-            optimizer.step()
+        self._committing = True
+        try:
+            if self.scaler is not None:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+        finally:
+            self._committing = False
 
     def forget(self) -> None:
         """Drop gradients and counts of a step that will be tried again or given up."""
         for parameter in self._trained:
             parameter.grad = None
-        self._counts, self._summed, self.steps = [], False, []
+        self._counts, self._summed, self.steps, self._reduced = [], False, [], 0
 
     def learning_rate(self) -> float:
         """Of the first group of the first optimizer."""
@@ -327,6 +473,7 @@ class Trainer:
             optimizer.load_state_dict(clone(state.optimizers[name]))
         for name, schedule in self.schedules.items():
             schedule.scheduler.load_state_dict(clone(state.schedules[name]))
+            schedule.rebase()  # the optimizer's first rates may not be those that the task built
         if self.scaler is not None and state.scaler:
             self.scaler.load_state_dict(dict(state.scaler))
         self.extras.load(state.extras)
@@ -372,10 +519,10 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
     each_step = [schedule for schedule in schedules.values() if schedule.every == "step"]
     each_epoch = [schedule for schedule in schedules.values() if schedule.every == "epoch"]
     trainer.model.train()
-    trainer.use_rows(batches)
     trainer.nominal = float(getattr(batches, "step_size", trainer.plan.batch_size or 1))
     steps_per_epoch = batches.steps_per_epoch if trainer.private is None else trainer.private.steps.steps_per_epoch
     try:
+        trainer._begin(batches)
         while trainer.position.step < total_steps:
             here = trainer.position
             loss, count, logs = _step(trainer, task, batches) if trainer.private is None else _private_step(trainer, batches)
@@ -396,8 +543,52 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
             else:
                 trainer.position = Position(here.step + 1, here.epoch, here.offset + 1)
             yield Stepped(trainer.position, loss, count, here.epoch, here.offset, logs, ends)
-    finally:  # whoever holds the model itself sees it whole
-        trainer._leave()
+    finally:  # whoever holds the model itself sees it whole, and as it was
+        trainer._end()
+
+
+class _Window(Sequence[Any]):
+    """The batches of a step for a train_step: as one is taken, what depends on its samples is told of it."""
+
+    def __init__(self, trainer: Trainer, batches: Sequence[Any], places: Sequence[Tensor]) -> None:
+        self._trainer, self._batches, self._places = trainer, batches, places
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Window(self._trainer, self._batches[index], self._places[index])
+        trainer, batch = self._trainer, self._batches[index]
+        trainer.workers.phantom = index % len(self) >= trainer._real
+        if trainer.dropout is not None:
+            trainer.dropout.at(trainer.position.step, self._places[index])
+        return batch
+
+
+def _window(trainer: Trainer, batches: Batches) -> Sequence[Any]:
+    """The batches of the step at hand for this worker. Where all must take part, one without samples computes another's."""
+    position, workers = trainer.position, trainer.workers
+    own = type(trainer.task).train_step is not Task.train_step
+    share = None if workers.alone else workers.share(position, batches.units(position))
+    window: Sequence[Any] = batches.window(position, share)
+    trainer._real = len(window)
+    if workers.alone and trainer.dropout is None:
+        trainer._expects_more = len(window) > 1
+        return window
+    window = list(window)
+    places = list(batches.places(position, share)) if trainer.dropout is not None else []
+    if not workers.alone:
+        least = max(len(batches.places(position, part)) for part in workers.shares) if workers.synced else int(own)
+        if least > len(window):
+            first = Share(0, 1)
+            missing = least - len(window)
+            window += list(batches.window(position, first)) * missing
+            places += list(batches.places(position, first)) * missing if trainer.dropout is not None else []
+        seed_all(mix_seed(trainer.plan.seed, position.step, workers.rank + 1), trainer.device)
+        workers.rows = max((first_tensor(batch).shape[0] for batch in window), default=0)
+    trainer._expected = 0 if own else len(window)
+    return _Window(trainer, window, places)
 
 
 def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
@@ -405,16 +596,14 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
     workers = trainer.workers
     undo = None if workers.alone else _undo(trainer)
     while True:
-        position = trainer.position
-        share = workers.share(position.step, getattr(batches, "step_size", 0))
-        window = batches.window(position, share)
+        window = _window(trainer, batches)
         if not window and workers.alone:
             return None, 0, None
-        trainer.steps = []
-        trainer._expects_more = len(window) > 1
+        trainer.steps, trainer._reduced = [], 0
         for table in trainer._tables:
             table.enter()
         trainer._stepping = True
+        full = False
         try:
             if trainer.plan.precision == "fp32":
                 task.train_step(trainer, window)
@@ -427,15 +616,37 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
             continue
         except IndexError as error:
             raise _explained(error) from error
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            committed = trainer._reduced > 0 and type(task).train_step is Task.train_step  # in the optimizer's own step
+            if not _out_of_memory(error) or undo is None or committed:
+                raise
+            full = True  # the frames of the error hold tensors until it is over
         finally:
             trainer._stepping = False
+        if full:
+            assert undo is not None
+            undo()
+            workers.short_of_memory()
+            continue
         break
+    if trainer.dropout is not None:
+        if not trainer._looked and trainer.dropout.drew():
+            trainer.notices.append(
+                "random numbers are drawn in a step by something that is no dropout layer (a function, an augmentation): exact_dropout does not "
+                "cover it, and ranks draw their own"
+            )
+        trainer._looked = True
+        trainer.dropout.done()
     if trainer._counts:
         raise TaskError(f"train_step of {type(task).__name__} ended after backward() without apply(); call trainer.apply()")
     steps, trainer.steps = trainer.steps, []
-    if not steps and not workers.alone:  # a share of no samples
-        return torch.zeros((), device=trainer.device), 0, None
+    workers.stepped()
     return _joined(steps)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is full; torch has no class of its own for that on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _private_step(trainer: Trainer, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
@@ -461,11 +672,11 @@ def _undo(trainer: Trainer) -> Callable[[], None]:
             trainer.restore(state)
 
         return restore
-    random, buffers, extras = random_state(trainer.device), [clone(b) for b in trainer.model.buffers()], trainer.extras.states()
+    # random numbers of ranks begin anew with each step, and with each try of it
+    buffers, extras = [clone(b) for b in trainer.model.buffers()], trainer.extras.states()
 
     def undo() -> None:
         trainer.forget()
-        set_random_state(random, trainer.device)
         for name in set(trainer.extras) - set(extras):  # made by the step that is taken back
             del trainer.extras[name]
         trainer.extras.load(extras)
@@ -579,10 +790,17 @@ def glance(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.
         return next((task.evaluate_step(model, batch).outputs for batch in batches), None)
 
 
-def totals(task: Task, model: nn.Module, batches: Batches, autocast: contextlib.AbstractContextManager[Any] | None = None) -> Accumulator:
-    """Additive totals of loss and metrics, for adding to those of other workers."""
+def totals(
+    task: Task,
+    model: nn.Module,
+    batches: Batches,
+    autocast: contextlib.AbstractContextManager[Any] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Accumulator:
+    """Additive totals of loss and metrics over all batches, or over every `part[1]`-th one, for adding to those of other workers."""
     with _quietly(model, autocast):
-        return measure(task, model, batches, None if batches.schema is None else task.metrics(batches.schema))
+        rows = batches if part == (0, 1) else batches.part(*part)
+        return measure(task, model, rows, None if batches.schema is None else task.metrics(batches.schema))
 
 
 def predict(

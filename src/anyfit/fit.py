@@ -1,9 +1,12 @@
-"""fit, evaluate, predict: a task and data on this machine. Joins the engine's loop, the run's records and the state."""
+"""fit, evaluate, predict: a task and data, here or over many ranks. Joins the engine's loop, the run's records and the state."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,23 +20,41 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from anyfit import data, engine, machine
-from anyfit.data import Blocks, Rows, Source, Stream, without
+from anyfit.cluster import (
+    Call,
+    Cluster,
+    Group,
+    Member,
+    Shards,
+    child,
+    device_of,
+    figures_of,
+    job_of,
+    launch,
+    of_torchrun,
+    read_call,
+    read_outcome,
+    write_call,
+    write_outcome,
+)
+from anyfit.data import Blocks, Indexed, Rows, Stream, without
+from anyfit.dropout import ExactDropout
 from anyfit.engine import Losses, Stepped
 from anyfit.errors import DataError, InputError, NonFinite, StateError
 from anyfit.load import load
 from anyfit.metrics import Metric
-from anyfit.prepare import Prepared, built, prepare
+from anyfit.prepare import Prepared, built, opened, prepare
 from anyfit.privacy import ExamplePrivacy, noise_for
 from anyfit.private import PrivateSteps, Spending, sampling_rate, units_of
-from anyfit.record import compare, forget_seed, keep_seed, last_state, record_of, secret_seed, start_from, weights_file
-from anyfit.run import Folder, Run, read_record
+from anyfit.record import compare, fingerprint_of, forget_seed, keep_seed, last_state, record_of, secret_seed, start_from, weights_file
+from anyfit.run import Folder, Run, Seen, read_record, under_torchrun
 from anyfit.schema import Schema
 from anyfit.state import Position, State, load_weights
 from anyfit.task import Task
 from anyfit.tree import clone, leaves
 from anyfit.values import Plan
 
-__all__ = ["Event", "evaluate", "fit", "open_run", "predict"]
+__all__ = ["Event", "evaluate", "fit", "open_run", "predict", "take_part"]
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], object]
@@ -74,6 +95,9 @@ def fit(
     weights: Any = None,
     weights_partial: bool = False,
     privacy: ExamplePrivacy | None = None,
+    optimizer_overrides: Mapping[str, Any] | None = None,
+    nproc: int = 1,
+    cluster: Cluster | None = None,
     on_event: OnEvent | None = None,
     **plan: Any,
 ) -> Run:
@@ -81,25 +105,139 @@ def fit(
 
     `validation`, `test`: a fraction of the rows, or a source. `weights`: a run or a .safetensors file to start from.
     `privacy`: differentially private steps, `batch_size` being the expected number of its units. `plan`: any field of `Plan`.
+    `optimizer_overrides`: options of all optimizers, in place of the task's or those of the checkpoint. `nproc`: processes of this
+    machine that share each step; `cluster` says more, such as how several machines meet. Under torchrun all its ranks share them.
     `on_event` gets each event as JSON values, in this order: step, evaluate, stop, checkpoint; if it returns "stop", training ends
     after that step.
     """
-    folder = None if run is None else Folder(Path(run), resume=resume)
+    if cluster is not None and nproc != 1:
+        raise InputError(f"nproc (={nproc}) and cluster (={cluster}) exclude each other; give Cluster(nproc={nproc}, ...)")
+    several = cluster or Cluster(nproc=nproc)
+    if under_torchrun() and not several.plain:
+        raise InputError("nproc and cluster say what to start, and torchrun has started these processes; use one of both")
+    if several.plain and several != Cluster() and not under_torchrun():
+        raise InputError(f"cluster (={several}) is for several processes; give nproc, or leave it out")
+    options = {
+        "target": target,
+        "run": None if run is None else str(run),
+        "resume": resume,
+        "weights_partial": weights_partial,
+        "optimizer_overrides": dict(optimizer_overrides or {}),
+        "plan": plan,
+    }
+    call = Call(task, data, options, validation, test, weights)
+    if several.plain:
+        return _fit(call, privacy, on_event, of_torchrun(several.timeout_s, several.wait_s), several)
+    if privacy is not None:
+        raise InputError("privacy needs one process: private steps are not shared; leave nproc and cluster out")
+    with tempfile.TemporaryDirectory(prefix="anyfit-") as place:
+        path = write_call(Path(place), call)
+        folder = launch(path, several, job_of(path), on_event or (lambda event: None))
+        return read_outcome(folder, task)
+
+
+def take_part(path: Path) -> Run:
+    """Be one rank of a call of `fit` that a launcher wrote."""
+    member, tell, several = child()
     try:
+        call = read_call(path)
+    except Exception as error:
+        member.failed(error)
+        raise
+    try:
+        return _fit(call, None, tell, member, several, path.parent)
+    finally:
+        if member.stuck:
+            os._exit(1 if sys.exc_info()[0] is not None else 0)
+
+
+def _fit(
+    call: Call,
+    privacy: ExamplePrivacy | None,
+    on_event: OnEvent | None,
+    member: Member | None,
+    several: Cluster,
+    outcome: Path | None = None,
+) -> Run:
+    """The fit of this process. `outcome`: a folder for what came of it."""
+    options, plan = call.options, call.options["plan"]
+    path, resume = None if options["run"] is None else Path(options["run"]), options["resume"]
+    folder = None if path is None or member is not None else Folder(path, resume=resume)
+    fitting = None
+    try:
+        if member is not None:
+            member.present()
+            if privacy is not None:
+                raise InputError("privacy needs one process: private steps are not shared; start without torchrun")
         with machine.own_random(), machine.steady_memory():
             unit = None if privacy is None else privacy.unit
-            prepared = prepare(task, data, target=target, validation=validation, test=test, plan=plan, unit=unit)
+            prepared = prepare(
+                call.task, call.data, target=options["target"], validation=call.validation, test=call.test, plan=plan, unit=unit
+            )
             if privacy is not None:
                 prepared = _drawn(prepared, plan)
+            group = None
+            if member is not None:
+                group, prepared = _met(member, prepared, several)
+                folder = _shared_folder(group, path, resume)
             machine.seed_all(prepared.plan.seed)
-            fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume, privacy=privacy)
-            fitting.begin(weights, weights_partial)
+            fitting = _Fit(prepared, folder, on_event or (lambda event: None), resume=resume, privacy=privacy, group=group)
+            fitting.overrides = options["optimizer_overrides"]
+            fitting.begin(call.weights, options["weights_partial"])
             with signals() as caught:
                 fitting.loop(caught)
-            return fitting.end(caught)
+            done = fitting.end(caught)
+            if group is not None:
+                if outcome is not None:
+                    place = outcome
+                    group.settle(lambda: write_outcome(place, done) if group.speaks else None, done.stopped == "signal")
+                group.done()
+            return done
+    except Exception as error:
+        if member is not None:
+            member.failed(error)
+        raise
     finally:
+        if fitting is not None:
+            folder = fitting.folder
         if folder is not None:
             folder.close()
+
+
+def _met(member: Member, prepared: Prepared, several: Cluster) -> tuple[Group, Prepared]:
+    """The group of this rank, and what it was prepared with: the schema is that of rank 0 to the last digit."""
+    device = device_of(prepared.device, member)
+    group = Group(member, device, several)
+    group.meet(fingerprint_of(prepared.task, prepared.plan, prepared.schema, prepared.sources))
+    if group.newcomer:
+        group.take_over()
+        schema = group.handed[0].schema
+    else:
+        schema = group.first(prepared.schema.to_json)
+    return group, replace(prepared, device=device, schema=Schema.from_json(schema or {}))
+
+
+def _shared_folder(group: Group, path: Path | None, resume: bool) -> Folder | None:
+    """The run's folder: held by rank 0, seen by all others."""
+    if path is None:
+        return None
+    folder: Folder | None = None
+    if group.newcomer:
+        return Seen(path)
+
+    def opened() -> str:
+        nonlocal folder
+        if folder is None:
+            folder = Folder(path, resume=resume)
+            folder.sweep()
+        return folder.sign()
+
+    sign = group.first(opened)
+    there = group.every(lambda: Seen(path).signed(sign))
+    if not all(there):
+        blind = [group.generation.hosts[rank] for rank, sees in enumerate(there) if not sees]
+        raise InputError(f"run (={str(path)!r}) is not the same folder at {', '.join(blind)}; give a path that all nodes share")
+    return folder if folder is not None and group.rank == 0 else Seen(path)
 
 
 def _drawn(prepared: Prepared, given: Mapping[str, Any]) -> Prepared:
@@ -116,23 +254,36 @@ class _Fit:
     """One fit, from its beginning or its checkpoint to its result."""
 
     def __init__(
-        self, prepared: Prepared, folder: Folder | None, on_event: OnEvent, *, resume: bool, privacy: ExamplePrivacy | None = None
+        self,
+        prepared: Prepared,
+        folder: Folder | None,
+        on_event: OnEvent,
+        *,
+        resume: bool,
+        privacy: ExamplePrivacy | None = None,
+        group: Group | None = None,
     ) -> None:
-        self.prepared, self.folder, self.resume = prepared, folder, resume
+        self.prepared, self.folder, self.resume, self.group = prepared, folder, resume, group
         self._on_event, self.asked = on_event, False
         task, plan = prepared.task, prepared.plan
         self.batches = prepared.batches("train")
         self.validation = prepared.batches("validation") if "validation" in prepared.rows else None
         self.steps_per_epoch = self.batches.steps_per_epoch
+        if group is not None:
+            group.by_rows = getattr(self.batches, "lengths", None) is None
+            group.least = int(type(task).train_step is not Task.train_step)  # an own loop takes part with a sample at least
+            if isinstance(self.batches, Indexed):
+                self.batches.ahead = group.next_share
         self.spending = None if privacy is None else self._private(privacy)
         self.total = self._total_steps(plan)
         model = built(task, prepared.schema)
         private = None if self.spending is None else self.spending.steps
-        self.trainer = engine.make_trainer(task, model, plan, self.total, prepared.device, private=private)
+        self.trainer = engine.make_trainer(task, model, plan, self.total, prepared.device, private=private, workers=group)
         self.fresh_groups = {
             name: [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             for name, optimizer in self.trainer.optimizers.items()
         }
+        self.overrides: Mapping[str, Any] = {}  # of the optimizers' options
         self.history: list[Event] = []
         self.losses = Losses()
         self.best: dict[str, Any] | None = None
@@ -141,10 +292,21 @@ class _Fit:
         self.stopped: str | None = None
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = 0
+        self.shards = None if group is None else Shards(group)
+        self.members = 1 if group is None else group.size
+
+    @property
+    def writes(self) -> Folder | None:
+        """The folder at whoever writes it: rank 0, which is another's number when the first one is lost."""
+        if self.folder is None or (self.group is not None and self.group.rank != 0):
+            return None
+        if isinstance(self.folder, Seen):
+            self.folder = self.folder.taken_over(self.history)
+        return self.folder
 
     def emit(self, event: Event) -> None:
         """Tell an event; who listens may answer "stop"."""
-        if self._on_event(event) == "stop":
+        if (self.group is None or self.group.rank == 0) and self._on_event(event) == "stop":
             self.asked = True
 
     def _total_steps(self, plan: Plan) -> int:
@@ -159,6 +321,8 @@ class _Fit:
         """Who is protected, how often each one is drawn, and how much noise the budget takes; a resume keeps the noise that it began with."""
         rows = self.prepared.rows["train"]
         units = None if privacy.unit is None else units_of(rows, privacy.unit)
+        if self.prepared.plan.max_tokens is not None:
+            raise InputError("privacy draws rows, so max_tokens has no meaning beside it; leave it out")
         count = data.num_rows(rows) if units is None else int(units.max()) + 1
         if count is None:
             raise DataError("privacy needs rows that can be counted and drawn; a stream has neither")
@@ -175,34 +339,26 @@ class _Fit:
 
     def begin(self, weights: Any, partial: bool) -> None:
         """Fresh, from other weights, or from the last checkpoint."""
+        self._check_overrides()
         record = record_of("fit", self.prepared.task, self.trainer.model, self.prepared.plan, self.prepared.schema, self.prepared.device)
         record["data"] = self.prepared.sources
         if self.spending is not None:
             record["privacy"] = self.spending.to_json()
-        state = last_state(self.folder) if self.resume and self.folder is not None else None
-        if state is None:
-            if weights is not None:
-                record["weights"] = start_from(self.trainer.model, weights, partial)
-            if self.folder is not None:
-                if (before := self.folder.record()) is not None:
-                    compare(self.folder, before, record)
-                self.folder.cut(0)
+        if self.group is not None and self.group.newcomer:
+            self._join()
+            record["weights"] = None
         else:
-            assert self.folder is not None
-            before = self.folder.record()
-            if before is None:
-                raise StateError(
-                    f"run (={str(self.folder.path)!r}) has checkpoints but no run.json; restore it, or start a new run with weights="
-                )
-            changed = compare(self.folder, before, record)
-            self._restore(state, forked=bool(changed))
-            record["forks"] = [*before.get("forks", []), *([{"step": state.position.step, "changed": changed}] if changed else [])]
-            record["weights"] = before.get("weights")
+            self._start(record, weights, partial)
+        self._override()
+        if self.overrides:
+            record["optimizer_overrides"] = dict(self.overrides)
         self.record = record
-        if self.folder is not None:
-            self.folder.write_record(record)
+        if self.writes is not None:
+            self.writes.write_record(record)
             if self.spending is not None:
-                keep_seed(self.folder, self.spending.steps.seed)
+                keep_seed(self.writes, self.spending.steps.seed)
+        if self.group is not None and self.group.rank != 0:
+            return
         for notice in (*self.prepared.notices, *self._notices()):
             self.emit({"event": "notice", "text": notice})
         self.emit(
@@ -217,6 +373,74 @@ class _Fit:
             }
         )
 
+    def _start(self, record: dict[str, Any], weights: Any, partial: bool) -> None:
+        """From the last checkpoint where there is one to go on from, else fresh or from other weights."""
+        state = last_state(self.folder) if self.resume and self.folder is not None else None
+        if self.group is not None and len(set(self.group.every(lambda: -1 if state is None else state.position.step))) > 1:
+            raise StateError(
+                f"ranks see other checkpoints in run (={self.folder and str(self.folder.path)!r}); give a path that all nodes share"
+            )
+        before = None if self.folder is None or not self.resume else self.folder.record()
+        if state is None:
+            if weights is not None:
+                record["weights"] = start_from(self.trainer.model, weights, partial)
+            if self.folder is not None:
+                if before is not None:
+                    compare(self.folder, before, record)
+                self.folder.cut(0)
+        else:
+            assert self.folder is not None
+            if before is None:
+                raise StateError(
+                    f"run (={str(self.folder.path)!r}) has checkpoints but no run.json; restore it, or start a new run with weights="
+                )
+            changed = compare(self.folder, before, record)
+            self._restore(state, forked=bool(changed))
+            changed |= {f"optimizer.{name}": [None, value] for name, value in self.overrides.items()}
+            record["forks"] = [*before.get("forks", []), *([{"step": state.position.step, "changed": changed}] if changed else [])]
+            record["weights"] = before.get("weights")
+
+    def _check_overrides(self) -> None:
+        for optimizer in self.trainer.optimizers.values():
+            unknown = sorted((set(self.overrides) - set(optimizer.param_groups[0])) | ({"params"} & set(self.overrides)))
+            if unknown:
+                known = ", ".join(name for name in optimizer.param_groups[0] if name != "params")
+                raise InputError(f"optimizer_overrides (={unknown[0]!r}) is no option of {type(optimizer).__name__}; it has: {known}")
+
+    def _override(self) -> None:
+        """The caller's options of the optimizers; a schedule goes on from the new rate."""
+        for optimizer in self.trainer.optimizers.values():
+            for group in optimizer.param_groups:
+                done = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
+                group.update({name: tuple(value) if isinstance(value, list) else value for name, value in self.overrides.items()})
+                if "lr" in self.overrides and "initial_lr" in group:
+                    group["initial_lr"], group["lr"] = group["lr"], group["lr"] * done
+        if "lr" in self.overrides:
+            for name, schedule in self.trainer.schedules.items():
+                if not schedule.rebase():
+                    raise InputError(
+                        f"optimizer_overrides (lr={self.overrides['lr']}) cannot reach the schedule {name!r} (a {type(schedule.scheduler).__name__}), "
+                        "which sets rates of its own; give the task another rate"
+                    )
+
+    def _join(self) -> None:
+        """Into a run that is under way: the state of the others in place of a checkpoint."""
+        assert self.group is not None
+        state, more = self.group.handed
+        progress = dict(state.progress)
+        self.best_weights = progress.pop("best_weights")
+        self.trainer.restore(state)
+        self._progressed(progress)
+        self.history = more["history"]
+
+    def _progressed(self, progress: Mapping[str, Any]) -> None:
+        """Where a checkpoint or another rank stood."""
+        self.best, self.bad, self.stopped = progress["best"], int(progress["bad"]), progress["stopped"]
+        self.logged_step = int(progress["logged_step"])
+        self.losses.events = [_stepped(item) for item in progress["pending"]]
+        if self.trainer.position.step < self.total and self.stopped != "patience":
+            self.stopped = None
+
     def _notices(self) -> Iterator[str]:
         """What a user should know before it starts, some of it from one look at a batch of the evaluation."""
         if self.spending is not None:
@@ -225,6 +449,7 @@ class _Fit:
                 "that preprocessing is fitted with (means, categories, vocabularies), the loss in the log, all rows and figures of validation "
                 "and test, and what is chosen by them are not covered"
             )
+        yield from self._dropout_notices()
         task, schema = self.prepared.task, self.prepared.schema
         split = next((name for name in ("validation", "test") if name in self.prepared.rows), None)
         if split is None or isinstance(self.prepared.rows[split], DataLoader | IterableDataset | Stream):
@@ -238,6 +463,20 @@ class _Fit:
             outputs = engine.glance(task, self.trainer.model, self.prepared.batches(split), self.trainer.autocast())
         if outputs is None:
             yield "the model returns its loss only, so there are no metrics beside it; define predict(self, model, batch) and evaluate_step"
+
+    def _dropout_notices(self) -> Iterator[str]:
+        """Which layers draw what a step of one process would not draw."""
+        exact = self.prepared.plan.exact_dropout
+        if not exact and self.group is None:
+            return
+        probe = ExactDropout(self.trainer.model, 0)
+        names = probe.others if exact else [*probe.names, *probe.others]
+        probe.leave()
+        few = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        if names and exact:
+            yield f"dropout of {few} is of a kind that exact_dropout does not cover: ranks draw their own numbers"
+        elif names:
+            yield f"dropout of {few}: ranks draw numbers of their own, so the result is as good as that of one process but not equal; exact_dropout=True makes it equal"
 
     def _restore(self, state: State, *, forked: bool) -> None:
         assert self.folder is not None
@@ -253,21 +492,19 @@ class _Fit:
                     if "initial_lr" in fresh:
                         group["lr"] = fresh["initial_lr"] * done
             for name, schedule in self.trainer.schedules.items():
-                if hasattr(schedule.scheduler, "base_lrs"):
-                    schedule.scheduler.base_lrs = [group["initial_lr"] for group in schedule.scheduler.optimizer.param_groups]
-                elif name in state.schedules:
+                if schedule.rebase():
+                    continue
+                if name in state.schedules:
                     schedule.scheduler.load_state_dict(clone(state.schedules[name]))
         progress = state.progress
         self.history = self.folder.cut(int(progress["metrics_bytes"]))
-        self.best, self.bad, self.stopped = progress["best"], int(progress["bad"]), progress["stopped"]
-        self.logged_step = int(progress["logged_step"])
-        self.losses.events = [_stepped(item) for item in progress["pending"]]
-        if self.trainer.position.step < self.total and self.stopped != "patience":
-            self.stopped = None
+        self._progressed(progress)
         if self.best is not None and self.prepared.plan.keeps_best:
-            if self.best["step"] == state.position.step:  # killed between the checkpoint and its second name
-                self.folder.mark_best(self.folder.checkpoint_path(state.position.step))
-            if self.folder.best.exists():  # not where a fork asks for the best only now
+            if self.best["step"] == state.position.step:
+                if self.writes is not None:  # killed between the checkpoint and its second name
+                    self.writes.mark_best(self.writes.checkpoints()[-1], state)
+                self.best_weights = clone(dict(state.model))
+            elif self.folder.best.exists():  # not where a fork asks for the best only now
                 self.best_weights = load_weights(self.folder.best)
 
     def loop(self, caught: list[int]) -> None:
@@ -291,12 +528,16 @@ class _Fit:
             evaluates = self.validation is not None and (
                 last or (event.ends_epoch if plan.evaluate_every is None else step % plan.evaluate_every == 0)
             )
-            if step % plan.log_every == 0 or last or evaluates:
+            logs = step % plan.log_every == 0 or last or evaluates
+            if logs:
                 self._log(event)
             better = self._evaluate(event) if evaluates else False
+            if logs and self.group is not None:
+                self.asked = self.group.agree(self.asked)
+                self._compare(self.group)
             if plan.patience is not None and self.bad >= plan.patience:
                 self.stopped = "patience"
-            elif caught:
+            elif self._signalled(caught):
                 self.stopped = "signal"
             elif spent:
                 self._spent(step)
@@ -306,14 +547,60 @@ class _Fit:
                 self.stopped = "asked"
             if self.stopped is not None:
                 self._line({"event": "stop", "step": step, "reason": self.stopped}, kept=self.stopped != "signal")
-            if self.stopped or better or event.ends_epoch or time.monotonic() - self.saved > plan.checkpoint_every_s:
+            if self.stopped or better or event.ends_epoch or self._saving_is_due():
+                begun = time.monotonic()
                 self._checkpoint(better)
-                self.logged += time.monotonic() - self.saved  # speed is that of steps
+                self.logged += time.monotonic() - begun  # speed is that of steps
             if self.stopped is not None:
                 return
+            if self.group is not None and not self._settle(self.group):
+                self.stopped = "signal"
+                return
+
+    def _signalled(self, caught: list[int]) -> bool:
+        """Whether a signal ends the run here. Of several ranks, one that was told to go leaves at the end of a step; all go together."""
+        group = self.group
+        if group is None:
+            return bool(caught)
+        if caught:
+            group.wish("leave")
+        return bool(group.wished("stop")) or len(group.wished("leave")) == len(group.told)
+
+    def _saving_is_due(self) -> bool:
+        due = time.monotonic() - self.saved > self.prepared.plan.checkpoint_every_s
+        if self.group is None:
+            return due
+        if due and self.group.rank == 0:
+            self.group.wish("save")
+        return bool(self.group.wished("save"))
+
+    def _compare(self, group: Group) -> None:
+        """All ranks must have the same weights. Unlike devices round differently: then those of rank 0 are taken."""
+        if not group.same(self.trainer.trained):
+            states = [optimizer.state_dict()["state"] for optimizer in self.trainer.optimizers.values()]
+            group.align([*self.trainer.model.state_dict().values(), *leaves(states)])
+
+    def _settle(self, group: Group) -> bool:
+        """Between two steps: ranks leave and join. Whether this one goes on."""
+        if group.member.number in group.wished("leave"):
+            return False
+        if (group.wished("leave") or group.wished("join")) and group.regroup() and group.rank == 0:
+            progress = {**self._progress(), "best_weights": self.best_weights}
+            group.hand_over(self.trainer.snapshot(self.prepared.schema.to_json(), progress), {"history": self.history})
+        if group.size != self.members:
+            what = f"{self.members - group.size} lost" if group.size < self.members else f"{group.size - self.members} joined"
+            self.emit({"event": "notice", "text": f"ranks: {what}; {group.size} go on from step {self.trainer.position.step}"})
+            self.members = group.size
+        return True
 
     def _told(self) -> None:
-        """Notices of the private steps."""
+        """Notices of the steps, and of checkpoints that ranks have finished."""
+        while self.trainer.notices:
+            self.emit({"event": "notice", "text": self.trainer.notices.pop(0)})
+        while self.shards is not None and self.shards.written:
+            step = self.shards.written.pop(0)
+            assert self.folder is not None
+            self.emit({"event": "checkpoint", "step": step, "path": str(self.folder.checkpoint_path(step, sharded=True))})
         if self.trainer.private is not None:
             while self.trainer.private.notices:
                 self.emit({"event": "notice", "text": self.trainer.private.notices.pop(0)})
@@ -329,9 +616,10 @@ class _Fit:
     def _line(self, event: Event, *, kept: bool = True) -> None:
         """Record and tell an event; one that a resume takes back is only told."""
         if kept:
+            folder = self.writes  # first: who becomes the writer writes the history as it is
             self.history.append(event)
-            if self.folder is not None:
-                self.folder.line(event)
+            if folder is not None:
+                folder.line(event)
         self.emit(event)
 
     def _log(self, event: Stepped) -> None:
@@ -343,13 +631,21 @@ class _Fit:
         if self.spending is not None:
             line["epsilon"] = self.spending.epsilon(event.position.step)
         now, steps = time.monotonic(), event.position.step - self.logged_step
-        if self.folder is not None:
-            rows = getattr(self.batches, "step_size", 0)
-            if self.spending is not None:
-                rows = self.spending.steps.sampling_rate * (self.batches.rows or 0)
-            rate = steps * rows / max(now - self.logged, 1e-9)
-            self.folder.timing({"step": event.position.step, "seconds": now - self.logged, "samples_per_s": rate})
+        rows = getattr(self.batches, "step_size", 0)
+        if self.spending is not None:
+            rows = self.spending.steps.sampling_rate * (self.batches.rows or 0)
+        timing = {
+            "step": event.position.step,
+            "seconds": now - self.logged,
+            "samples_per_s": steps * rows / max(now - self.logged, 1e-9),
+        }
+        if self.group is not None:
+            timing |= self.group.report()
+        if (folder := self.writes) is not None:
+            folder.timing(timing)
         self.logged, self.logged_step = now, event.position.step
+        if self.group is not None:
+            self.emit({"event": "ranks", **timing})
         self._line({**line, "logs": logs} if logs else line)
 
     def _evaluate(self, event: Stepped) -> bool:
@@ -357,7 +653,7 @@ class _Fit:
         assert self.validation is not None
         plan = self.prepared.plan
         begun = time.monotonic()
-        figures = engine.evaluate(self.prepared.task, self.trainer.model, self.validation, self.trainer.autocast())
+        figures = self._figures(self.validation)
         loss = figures["loss"]
         if loss is None or not abs(loss) < float("inf"):
             raise NonFinite(
@@ -374,7 +670,8 @@ class _Fit:
                 self.best_weights = clone(dict(self.trainer.model.state_dict()))
         if self.folder is not None:
             seconds = time.monotonic() - begun
-            self.folder.timing({"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": seconds})
+            if (folder := self.writes) is not None:
+                folder.timing({"event": "evaluate", "split": "validation", "step": event.position.step, "seconds": seconds})
             self.logged += seconds
         self._line(
             {
@@ -388,13 +685,28 @@ class _Fit:
         )
         return better and plan.keeps_best
 
+    def _figures(self, batches: data.Batches) -> dict[str, Any]:
+        task, model, autocast = self.prepared.task, self.trainer.model, self.trainer.autocast
+        if self.group is None:
+            return engine.evaluate(task, model, batches, autocast())
+        return figures_of(self.group, task, model, batches, autocast)
+
+    def _snapshot(self) -> State:
+        return self.trainer.snapshot(self.prepared.schema.to_json(), self._progress())
+
+    def _folder(self) -> tuple[Folder, bool]:
+        """The folder, and whether this rank is the one that writes it."""
+        writes = self.writes is not None
+        assert self.folder is not None
+        return self.folder, writes
+
     def _progress(self) -> dict[str, Any]:
         return {
             "best": self.best,
             "bad": self.bad,
             "stopped": self.stopped,
             "logged_step": self.logged_step,
-            "metrics_bytes": 0 if self.folder is None else self.folder.metrics_bytes(),
+            "metrics_bytes": 0 if self.writes is None else self.writes.metrics_bytes(),
             "pending": [_pending(event) for event in self.losses.events],
         }
 
@@ -405,8 +717,14 @@ class _Fit:
         self.saved = time.monotonic()
         if self.folder is None:
             return
+        if self.shards is not None:
+            if self.stopped is None:
+                self.shards.save(self.folder, self._snapshot(), better, writes=self.writes is not None)
+            else:
+                self.shards.save_last(self._folder, self._snapshot, better)
+            return
         path = self.folder.checkpoint_path(self.trainer.position.step)
-        self.trainer.snapshot(self.prepared.schema.to_json(), self._progress()).save(path)
+        self._snapshot().save(path)
         if better:
             self.folder.mark_best(path)
         self.folder.keep()
@@ -415,20 +733,23 @@ class _Fit:
     def end(self, caught: list[int]) -> Run:
         """Final figures, with the best weights where a best is kept."""
         prepared, trainer = self.prepared, self.trainer
-        state = trainer.snapshot(prepared.schema.to_json(), self._progress())
+        if self.shards is not None:
+            self.shards.finish()
+        self._told()
+        state = self._snapshot()
         if self.best_weights is not None:
             engine.load_model(trainer.model, self.best_weights)
         splits: dict[str, Any] = {}
         if self.stopped != "signal":
             for split in ("validation", "test"):
                 if split in prepared.rows:
-                    splits[split] = engine.evaluate(prepared.task, trainer.model, prepared.batches(split), trainer.autocast())
+                    splits[split] = self._figures(prepared.batches(split))
                     if split == "test":
                         self.emit({"event": "evaluate", "step": trainer.position.step, "split": "test", **scalars(splits[split])})
         seconds = time.monotonic() - self.started
         result = {
             "stopped": self.stopped or "finished",
-            "signal": caught[0] if caught and self.stopped == "signal" else None,
+            "signal": self._signal(caught) if self.stopped == "signal" else None,
             "steps": trainer.position.step,
             "epochs": trainer.position.epoch,
             "seconds": seconds,
@@ -439,13 +760,32 @@ class _Fit:
         if self.spending is not None:
             steps = trainer.position.step
             result["privacy"] = {"epsilon": self.spending.epsilon(steps), "delta": self.spending.asked.delta, "steps": steps}
-        if self.folder is not None and self.stopped != "signal":
-            self.folder.finish(result)
-            if self.spending is not None and self.stopped != "asked":
-                forget_seed(self.folder)
+        if self.group is not None:
+            result["ranks"] = self.group.size
+        if self.stopped != "signal":
+            self._settled(lambda: self._finish(result))
         return Run(
             prepared.task, trainer.model, state, self.record, self.history, result, None if self.folder is None else self.folder.path
         )
+
+    def _settled(self, write: Callable[[], object]) -> None:
+        """Write what only some ranks write."""
+        if self.group is None:
+            write()
+        else:
+            self.group.settle(write)
+
+    def _finish(self, result: Mapping[str, Any]) -> None:
+        if (folder := self.writes) is None:
+            return
+        folder.finish(result)
+        if self.spending is not None and self.stopped != "asked":
+            forget_seed(folder)
+
+    def _signal(self, caught: list[int]) -> int | None:
+        if caught or self.group is None:
+            return caught[0] if caught else None
+        return self.group.member.stopped_by()
 
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -495,7 +835,7 @@ def _opened(run: Origin, task: Task | None, plan: Mapping[str, Any]) -> tuple[Ta
 
 def _given_rows(origin: Any, prepared: Prepared, split: str) -> Rows:
     schema = prepared.schema
-    source = Source.of(origin)
+    source = opened(origin)
     if isinstance(source.origin, DataLoader) and (apart := data.taken_apart(source.origin)) is not None:
         return apart[0]
     told = prepared.sources.get("train", {})  # what training said of its source holds for these rows too

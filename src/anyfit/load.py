@@ -1,4 +1,4 @@
-"""From a reference to a Task: a ready task's name, `file.py:Class` or `module:Class`. The only import by name."""
+"""From a reference to a Task: a ready task's name, `file.py:Class` or `module:Class`; and to data. The only import by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from anyfit.errors import TaskError
+from anyfit.errors import DataError, TaskError
 from anyfit.task import Task
 from anyfit.tasks import READY
 
-__all__ = ["load", "reference"]
+__all__ = ["load", "load_data", "module_of", "reference"]
 
 
 def load(name: str, values: Mapping[str, Any] | None = None) -> Task:
@@ -48,7 +48,7 @@ def _find(name: str) -> type[Task]:
         if name.endswith(".py"):
             raise TaskError(f"task (={name!r}) names a file but no class; write {name}:ClassName")
         raise TaskError(f"task (={name!r}) is not known; ready tasks are {', '.join(READY)}; your own is file.py:Class or module:Class")
-    module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place)
+    module = module_of(place)
     found: Any = module
     for part in member.split("."):
         found = getattr(found, part, None)
@@ -56,6 +56,20 @@ def _find(name: str) -> type[Task]:
         classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Task) and value is not Task]
         raise TaskError(f"task (={name!r}): {place} has no task {member!r}; it has: {', '.join(classes) or 'none'}")
     return found
+
+
+def load_data(name: str) -> Any:
+    """What the function `file.py:function` gives, without arguments: a torch Dataset, a table, anything that is a source."""
+    place, _, member = name.rpartition(":")
+    made = getattr(module_of(place), member, None)
+    if not callable(made):
+        raise DataError(f"data (={name!r}): {place} has no function {member!r}; define it to return a data set, a table or another source")
+    return made()
+
+
+def module_of(place: str) -> ModuleType:
+    """The module that a reference names by file or by name."""
+    return _from_file(Path(place)) if place.endswith(".py") else _from_module(place)
 
 
 def _from_file(path: Path) -> ModuleType:

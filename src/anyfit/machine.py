@@ -14,7 +14,7 @@ import torch
 from anyfit.errors import InputError
 from anyfit.values import Plan
 
-__all__ = ["autocast", "own_random", "pick_device", "random_state", "seed_all", "set_random_state", "steady_memory"]
+__all__ = ["autocast", "own_random", "pick_device", "random_state", "seed_all", "set_random_state", "steady_memory", "wait_for"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,6 +56,14 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
             torch.mps.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has computed what it was given; what other streams send meanwhile may still be on its way."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -292,6 +292,28 @@ class Accumulator:
             return {}
         count = torch.as_tensor(self._count)
         return {"loss": {"total": self._loss, "count": count, "rows": torch.tensor(float(self.rows))}, **self._sums}
+
+    def state(self) -> dict[str, Any]:
+        """All totals, for `merged`."""
+        return {"sums": self.sums(), "logs": self._logs}
+
+    @classmethod
+    def merged(cls, metrics: Mapping[str, Metric | Callable[..., Any]] | None, states: Iterable[Mapping[str, Any]]) -> Accumulator:
+        """One of the totals of several."""
+        merged = cls(metrics)
+        merged._metrics = metrics if metrics is not None else DEFAULTS
+        for state in states:
+            for name, sums in state["sums"].items():
+                if name == "loss":
+                    merged._loss = sums["total"] if merged._loss is None else merged._loss + sums["total"]
+                    merged._count, merged.rows = merged._count + sums["count"], merged.rows + int(sums["rows"])
+                    continue
+                total = merged._sums.setdefault(name, {})
+                for key, value in sums.items():
+                    total[key] = total[key] + value if key in total else value
+            for name, value in state["logs"].items():
+                merged._logs[name] = merged._logs[name] + value if name in merged._logs else value
+        return merged
 
     def values(self) -> dict[str, Any]:
         """Figures by name; one read from the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from anyfit import data, machine
 from anyfit.data import Batches, Blocks, Rows, Source, Stream
 from anyfit.errors import DataError
+from anyfit.load import load_data
 from anyfit.schema import Schema
 from anyfit.task import Task
 from anyfit.tree import map_tensors
 from anyfit.update import Update
 from anyfit.values import Plan
 
-__all__ = ["Prepared", "built", "infer", "prepare", "statistics"]
+__all__ = ["Prepared", "built", "infer", "opened", "prepare", "statistics"]
+
+REFERENCE = re.compile(r"\.py:\w+$")  # file.py:function
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Prepared:
         """Batches of any rows as one split."""
         task, plan, training = self.task, self.plan, split == "train"
         if not training and plan.batch_size is not None:  # no graph is kept, so four times the rows fit
-            plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False)
+            tokens = None if plan.max_tokens is None else plan.max_tokens * 4
+            plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False, max_tokens=tokens)
         elif not training:
             plan = plan.updated(bucket=False)
         augments = training and type(task).augment is not Task.augment
@@ -68,7 +73,8 @@ def prepare(
     task: Task, origin: Any, *, target: str | None, validation: Any, test: Any, plan: Mapping[str, Any], unit: str | None = None
 ) -> Prepared:
     """Read the data, split it, infer the schema and fit preprocessing on the training rows. `unit`: a column that is no feature."""
-    source, shuffle, notices = Source.of(origin, target), True, []
+    source, shuffle, notices = opened(origin, target), True, []
+    validation, test = (opened(given) if _is_source(given) else given for given in (validation, test))
     collate: Callable[[Any], Any] = task.collate
     defaults = task.plan()
     if isinstance(source.origin, DataLoader):
@@ -103,6 +109,15 @@ def prepare(
     }
     sources["train"] |= {name: list(given) for name, given in (("missing", source.missing), ("size", source.size)) if given}
     return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices), columns)
+
+
+def opened(given: Any, target: str | None = None) -> Source:
+    """What was given as a source; `file.py:function` is called."""
+    source = Source.of(given, target)
+    if not isinstance(source.origin, str) or not REFERENCE.search(source.origin):
+        return source
+    found = load_data(source.origin)
+    return Source.of(found, target) if isinstance(found, Source) else dataclasses.replace(source, origin=found)
 
 
 def _taken_for_classes(schema: Schema, source: Source, rows: Rows) -> list[str]:

@@ -16,16 +16,16 @@ from torch import nn
 from anyfit import engine
 from anyfit.errors import StateError
 from anyfit.load import reference
-from anyfit.run import Folder, Run, environment
+from anyfit.run import Folder, Run, committed, environment
 from anyfit.schema import Schema
 from anyfit.state import State, load_weights
 from anyfit.task import Task, task_code, task_values
 from anyfit.values import Plan, canonical, without_secrets
 
-__all__ = ["compare", "forget_seed", "keep_seed", "last_state", "record_of", "secret_seed", "start_from", "weights_file"]
+__all__ = ["compare", "fingerprint_of", "forget_seed", "keep_seed", "last_state", "record_of", "secret_seed", "start_from", "weights_file"]
 
 # A change of these on resume would train on other samples than the checkpoint's position means.
-ORDER = ("seed", "batch_size", "accumulate", "drop_last", "bucket", "dtype")
+ORDER = ("seed", "batch_size", "accumulate", "drop_last", "bucket", "max_tokens", "dtype")
 
 
 def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schema, device: torch.device) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schem
         "task": {
             "reference": reference(task),
             "class": f"{cls.__module__}:{cls.__qualname__}",
-            "code": task_code(cls),
+            "code": task_code(task),
             "values": task_values(task),
         },
         "plan": plan.to_json(),
@@ -49,6 +49,22 @@ def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schem
         "command": ["anyfit", *map(without_secrets, sys.argv[1:])] if Path(sys.argv[0]).name in ("anyfit", "__main__.py") else None,
         "forks": [],
         **environment(str(device)),
+    }
+
+
+def fingerprint_of(task: Task, plan: Plan, schema: Schema, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What ranks of one fit must have in common."""
+    cls = type(task)
+    return {
+        "anyfit version": metadata.version("anyfit"),
+        "torch version": torch.__version__.partition("+")[0],
+        "task": cls.__qualname__,
+        "code of the task": task_code(task),
+        "values of the task": task_values(task),
+        "plan": {name: value for name, value in plan.to_json().items() if name not in ("device", "workers")},
+        "columns": [[column.name, column.type] for column in schema.columns],
+        **{f"rows of {split}": about.get("rows") for split, about in data.items()},
+        **{f"data of {split}": about.get("sha256") for split, about in data.items()},
     }
 
 
@@ -88,7 +104,7 @@ def compare(folder: Folder, before: Mapping[str, Any], now: Mapping[str, Any]) -
         )
     changed = {
         name: [old.get(name), new.get(name)]
-        for old, new in ((before["task"]["values"], now["task"]["values"]), (before["plan"], now["plan"]))
+        for old, new in ((before["task"]["values"], now["task"]["values"]), ({**Plan().to_json(), **before["plan"]}, now["plan"]))
         for name in sorted(set(old) | set(new))
         if old.get(name) != new.get(name)
     }
@@ -175,7 +191,7 @@ def weights_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     best = path / "checkpoints" / "best.safetensors"
-    found = [best] if best.exists() else sorted((path / "checkpoints").glob("step-*.safetensors"))
+    found = [best] if best.exists() else committed(path)
     if not found:
         raise StateError(f"run (={str(path)!r}) has no checkpoint yet")
     return found[-1]

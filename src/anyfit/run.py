@@ -3,30 +3,41 @@
 run.json         task, plan, schema, data, versions, hardware, command, forks
 metrics.jsonl    what happened, in order, without times; cut back to the checkpoint on resume
 timings.jsonl    how long it took
-checkpoints/     step-<n>.safetensors (the last two) and best.safetensors
+checkpoints/     step-<n>.safetensors (the last two) and best.safetensors; of a cluster step-<n>.json, which lists shards:
+                 step-<n>.<rank>-of-<ranks>.safetensors
 result.json      final metrics by split, once finished
 report.html      and PNG plots
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
 import os
 import platform
-from collections.abc import Mapping
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from anyfit.errors import BusyError, InputError, StorageError
-from anyfit.values import canonical, parse, write_json
+from anyfit.values import canonical, parse, write_atomic, write_json
 
-__all__ = ["Folder", "Run", "environment", "read_record"]
+__all__ = ["Folder", "Run", "Seen", "Writer", "committed", "environment", "read_record", "shard_path", "under_torchrun"]
 
 FORMAT = 1
+GRACE_S = 60.0  # for a disk that hangs: a process does not end before its background job has
+CHECKPOINT = re.compile(r"step-(\d+)\.(?:json|safetensors)")
+SHARD = re.compile(r"step-(\d+)\.\d+-of-\d+\..*safetensors")  # of no use without its JSON
+UNFINISHED = re.compile(r"\.(?:step-(\d+)\.\d+-of-\d+\.)?.*\.(?:tmp|part)")  # a number where another rank writes it
 
 
 @dataclass
@@ -79,6 +90,15 @@ class Folder:
         self._metrics: IO[bytes] | None = None
         self._timings: IO[str] | None = None
 
+    def sign(self) -> str:
+        """Leave a sign by which others know that they see this folder and no other of its name."""
+        sign = secrets.token_hex(8)
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(sign)
+        self._lock.flush()
+        return sign
+
     def record(self) -> dict[str, Any] | None:
         """What run.json says, if it is there."""
         return read_record(self.path) if (self.path / "run.json").exists() else None
@@ -92,7 +112,7 @@ class Folder:
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("ab")
         try:
-            self._metrics.write(json.dumps(event, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+            self._metrics.write(_line(event))
             self._metrics.flush()
         except OSError as error:
             raise StorageError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; free some space and resume") from error
@@ -122,28 +142,55 @@ class Folder:
             self._timings.write(json.dumps(event) + "\n")
             self._timings.flush()
 
-    def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps goes."""
-        return self.path / "checkpoints" / f"step-{step:09d}.safetensors"
+    def checkpoint_path(self, step: int, sharded: bool = False) -> Path:
+        """Where the checkpoint after `step` steps goes; of a sharded one the JSON."""
+        return self.path / "checkpoints" / f"step-{step:09d}.{'json' if sharded else 'safetensors'}"
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+        """Checkpoints of both kinds, oldest first."""
+        return committed(self.path)
 
     def keep(self, number: int = 2) -> None:
-        """Drop all but the newest checkpoints, and what a kill left of unfinished ones."""
-        for path in self.checkpoints()[:-number]:
-            path.unlink(missing_ok=True)
-        for path in (self.path / "checkpoints").glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        """Drop all but the newest checkpoints, and what a kill left of unfinished ones; shards newer than all may be in the making."""
+        found = self.checkpoints()
+        for path in found[:-number]:
+            path.unlink(missing_ok=True)  # first, for it is what makes a checkpoint of its shards
+        self._drop(found[-number:], _step(found[-1]) if found else -1)
+
+    def sweep(self) -> None:
+        """Drop all that is part of no checkpoint; for a start, while no rank writes."""
+        self._drop(self.checkpoints(), None)
+
+    def _drop(self, kept: list[Path], newest: int | None) -> None:
+        """Shards, and temporary files, that none of `kept` lists; up to a step."""
+        names: set[str] = set()
+        for path in kept:
+            listed = _listed(path) if path.suffix == ".json" else []
+            # one that cannot be read keeps its shards: what it is may be found out by hand
+            names |= {shard.name for shard in path.parent.glob(f"{path.stem}.*")} if listed is None else set(listed)
+        for path in (self.path / "checkpoints").iterdir():
+            found = SHARD.fullmatch(path.name) or UNFINISHED.fullmatch(path.name)
+            if not found or path.name in names or (newest is not None and found[1] is not None and int(found[1]) > newest):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)  # one that was left behind may end its write just now; the next call gets the rest
+            else:
+                path.unlink(missing_ok=True)
 
     @property
     def best(self) -> Path:
         """The best checkpoint."""
         return self.path / "checkpoints" / "best.safetensors"
 
-    def mark_best(self, checkpoint: Path) -> None:
-        """Make `checkpoint` the best one: another name of the same file, in one rename."""
+    def mark_best(self, checkpoint: Path, state: _Saves | None = None) -> None:
+        """Make `checkpoint` the best one: another name of the same file, in one rename. Of a sharded one `state`, its content, is
+        written whole: the best is one file.
+        """
+        if checkpoint.suffix == ".json":
+            if state is None:
+                raise InputError(f"state (=None) must be given to make {checkpoint.name} the best; pass State.load(checkpoint)")
+            state.save(self.best)
+            return
         temporary = self.best.with_name(".best.tmp")
         temporary.unlink(missing_ok=True)
         try:
@@ -169,6 +216,110 @@ class Folder:
         self._metrics = self._timings = None
 
 
+class Seen(Folder):
+    """A run folder that another process writes, as those read it who compute with that process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut(self, size: int) -> list[dict[str, Any]]:
+        """The lines that the writer keeps."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes()[:size].splitlines() if path.exists() else []
+        return [parse(line, str(path)) for line in lines]
+
+    def signed(self, sign: str) -> bool:
+        """Whether this is the folder that its writer signed."""
+        lock = self.path / ".lock"
+        return lock.is_file() and lock.read_text(encoding="ascii", errors="replace") == sign
+
+    def taken_over(self, lines: Sequence[Mapping[str, Any]], wait_s: float = 30.0) -> Folder:
+        """Write in place of the process that is gone, from its last line on."""
+        waits = time.monotonic() + wait_s
+        while True:
+            try:
+                folder = Folder(self.path, resume=True)
+                break
+            except BusyError:  # its last breath
+                if time.monotonic() > waits:
+                    raise
+                time.sleep(0.05)
+        write_atomic(self.path / "metrics.jsonl", b"".join(_line(line) for line in lines))
+        return folder
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Saves(Protocol):
+    def save(self, path: Path) -> None: ...
+
+
+class Writer:
+    """One job at a time in the background, such as the writing of a checkpoint; its error is raised by the next `start` or `finish`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, function: Callable[[], object]) -> None:
+        """Wait for the job before, then begin this one; not where that one has failed."""
+        self.finish()
+        # an interpreter that ends under a thread in compiled code aborts, and nobody would hear of an error that is not asked for
+        atexit.register(self.finish, GRACE_S)
+        self._thread = threading.Thread(target=self._work, args=(function,), name="anyfit-writer", daemon=True)
+        self._thread.start()
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait until the job is done."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise StorageError(f"a checkpoint is still being written after timeout_s (={timeout_s}); the disk is slow or hangs")
+            self._thread = None
+            atexit.unregister(self.finish)
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:  # noqa: BLE001 - raised where the job is waited for
+            self._error = error
+
+
+def committed(run: Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first: files, and the JSONs of sharded ones."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_step(path), path.name))
+
+
+def shard_path(commit: Path, index: int, count: int) -> Path:
+    """Where a shard of the checkpoint `commit` goes; never over one that it lists now, should a step be saved again."""
+    name = f"{commit.stem}.{index}-of-{count}"
+    again = f"{name}.safetensors" in (_listed(commit) or [])
+    return commit.with_name(f"{name}.again.safetensors" if again else f"{name}.safetensors")
+
+
+def _step(path: Path) -> int:
+    found = CHECKPOINT.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def _listed(commit: Path) -> list[str] | None:
+    """The shards that a sharded checkpoint is made of; None where it is not there or cannot be read."""
+    try:
+        return [str(shard["file"]) for shard in parse(commit.read_bytes())["shards"]]
+    except (OSError, InputError, KeyError, TypeError):
+        return None
+
+
+def _line(event: Mapping[str, Any]) -> bytes:
+    return json.dumps(event, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """run.json of a run folder."""
     file = path / "run.json"
@@ -179,6 +330,11 @@ def read_record(path: Path) -> dict[str, Any]:
         raise InputError(f"{file} is of another format; this version reads {FORMAT}")
     canonical(record)
     return record
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or what sets its variables, has started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -46,6 +46,17 @@ class Schedule:
         else:
             self.scheduler.step()
 
+    def rebase(self) -> bool:
+        """Go on from the optimizer's first rates, which have changed; whether this scheduler can."""
+        if isinstance(self.scheduler, Factor):
+            self.scheduler.rates = [float(group.get("initial_lr", group["lr"])) for group in self.scheduler.optimizer.param_groups]
+            self.scheduler.load_state_dict(self.scheduler.state_dict())
+        elif hasattr(self.scheduler, "base_lrs"):
+            self.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.scheduler.optimizer.param_groups]
+        else:
+            return False
+        return True
+
     def skip(self, count: int) -> None:
         """Go `count` times further at once."""
         if isinstance(self.scheduler, Factor):

@@ -12,7 +12,7 @@ import math
 import textwrap
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
@@ -172,6 +172,10 @@ class Task:
         """Whether a site exchanges this parameter or buffer: by default the parameters that train."""
         return tensor.requires_grad
 
+    def classes(self) -> Sequence[type]:
+        """Further classes that this task is made of: a change of their code is a change of the task."""
+        return ()
+
     def replaced(self, **values: Any) -> Self:
         """The task with some fields replaced, checked against their annotations; text becomes what the annotation says."""
         known = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -214,10 +218,10 @@ def task_values(task: Task) -> dict[str, Any]:
     return {field.name: convert(field.name, getattr(task, field.name)) for field in dataclasses.fields(task)}  # type: ignore[arg-type]
 
 
-def task_code(cls: type[Task]) -> str:
+def task_code(task: Task) -> str:
     """SHA-256 of the source of a task's classes; of their bytecode where there is no source (an interactive session)."""
     hasher = hashlib.sha256()
-    for base in cls.__mro__:
+    for base in [base for cls in (type(task), *task.classes()) for base in cls.__mro__]:
         if base in (Task, object):
             continue
         try:

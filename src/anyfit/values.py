@@ -248,12 +248,15 @@ class Plan:
     """How long and how to train. A task gives defaults, the caller overrides; both are recorded.
 
     batch_size None means the whole data set; evaluate_every counts steps (None: each epoch); patience counts evaluations;
-    used_rows trains only the word vectors that training texts hold, where that is the same mathematics.
+    used_rows trains only the word vectors that training texts hold, where that is the same mathematics; max_tokens is the most that
+    rows x longest of a batch may be (batch_size then is the most rows); exact_dropout draws the masks of a sample from its place in the
+    epoch, so that they do not depend on how a step is cut.
     """
 
     epochs: int | None = None
     steps: int | None = None
     batch_size: int | None = 64
+    max_tokens: int | None = None
     accumulate: int = 1
     evaluate_every: int | None = None
     patience: int | None = None
@@ -268,6 +271,7 @@ class Plan:
     bucket: bool = False
     drop_last: bool = False
     used_rows: bool = True
+    exact_dropout: bool = False
     workers: int = 0
     log_every: int = 50
     checkpoint_every_s: float = 60.0
@@ -277,7 +281,7 @@ class Plan:
             object.__setattr__(self, name, coerce(name, getattr(self, name), hint))
         if self.epochs is not None and self.steps is not None:
             raise InputError(f"epochs (={self.epochs}) and steps (={self.steps}) exclude each other; give one")
-        for name in ("epochs", "steps", "batch_size", "accumulate", "evaluate_every", "patience", "log_every"):
+        for name in ("epochs", "steps", "batch_size", "max_tokens", "accumulate", "evaluate_every", "patience", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} (={value}) must be at least 1")

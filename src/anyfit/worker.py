@@ -6,6 +6,7 @@ One worker serves one site at a pod, and thousands in a simulation: it has one m
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -107,7 +108,9 @@ class Memories:
 
     def cut(self, round: int) -> None:
         """What came after `round` never happened."""
-        for path in self._folder.glob(".*.tmp") if self._folder is not None else ():  # of a write that was killed
+        for path in self._folder.glob(".*.part") if self._folder is not None else ():  # of a write that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.glob(".*.tmp") if self._folder is not None else ():
             path.unlink(missing_ok=True)
         for site, versions in self._held.items():
             for at in [at for at in versions if at > round]:

@@ -6,6 +6,7 @@ What a command found goes to stdout (with --json: one JSON object, on the last l
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from anyfit.cli import data as data_commands
 from anyfit.cli import federated
 from anyfit.cli.options import (
+    Backend,
     BatchSize,
     DataPath,
     Device,
@@ -24,12 +26,21 @@ from anyfit.cli.options import (
     Group,
     Ignore,
     Json,
+    MaxSentences,
+    MaxTokens,
+    Nnodes,
+    Nproc,
+    OptimizerOverrides,
     Quiet,
+    RankTimeout,
+    Rdzv,
+    Restarts,
     Resume,
     RunFolder,
     RunOption,
     Seed,
     Sets,
+    Shares,
     SourceFields,
     Split,
     Steps,
@@ -37,15 +48,22 @@ from anyfit.cli.options import (
     TaskName,
     Test,
     Types,
+    UpdateFreq,
     Validation,
+    Wait,
     Weights,
+    brought,
+    cluster_of,
     finish,
     fraction_or_name,
     interruptible,
+    of_hetseq,
+    overrides_of,
     print_result,
     privacy_of,
     recorded,
     run_folder,
+    shared_folder,
     source_of,
     task_and_plan,
 )
@@ -97,20 +115,40 @@ def fit(
             help="Differentially private steps: example:epsilon=8,delta=1e-5[,clip=1][,unit=COLUMN].",
         ),
     ] = None,
+    optimizer_overrides: OptimizerOverrides = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = None,
+    rdzv: Rdzv = None,
+    wait: Wait = None,
+    rank_timeout: RankTimeout = None,
+    restarts: Restarts = None,
+    shares: Shares = None,
+    backend: Backend = None,
+    update_freq: UpdateFreq = None,
+    max_sentences: MaxSentences = None,
+    max_tokens: MaxTokens = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the trained weights to a .safetensors file.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a task on data, on this machine."""
+    """Train a task on data, on this machine or on several that share each step."""
     from anyfit.fit import fit as train
     from anyfit.report import write_report
     from anyfit.state import save_weights
 
+    launched = {"nproc": nproc, "nnodes": nnodes, "rdzv": rdzv, "wait_s": wait, "timeout_s": rank_timeout, "restarts": restarts}
+    cluster = cluster_of({**launched, "shares": shares, "backend": backend}, run)
+    overrides = overrides_of(optimizer_overrides)
+    set, batch_size = of_hetseq(set, batch_size, max_sentences=max_sentences, max_tokens=max_tokens, update_freq=update_freq)
     given = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
-    folder = run_folder(run, task, resume)
+    folder = shared_folder(run, run_folder(run, task, resume))
     before = recorded(folder) if resume else {}
     loaded, plan = task_and_plan(task, set, given, before)
     rows = source_of(data, target, group=group, split=split, ignore=ignore, types=type, fields=source)
+    if cluster.nnodes > 1 and not quiet:
+        typer.echo(
+            f"{cluster.nnodes} machines meet at {cluster.rdzv}; this one waits up to {cluster.wait_s:.0f} s for the others", err=True
+        )
     with interruptible(folder, json, lambda: False), Progress(quiet) as progress:
         done = train(
             loaded,
@@ -122,14 +160,23 @@ def fit(
             weights=weights,
             weights_partial=weights_partial,
             privacy=privacy_of(privacy, ("example",), before.get("privacy")),
+            optimizer_overrides=overrides,
+            cluster=cluster,
             on_event=progress,
             **plan,
         )
+    if not progress.heard:
+        brought(done, cluster.nproc, str(cluster.rdzv), json)
+        return
     for item in (done.record.get("weights") or {}).get("left", []):
         typer.echo(f"not copied: {item}", err=True)
     if out is not None and done.stopped != "signal":
         save_weights(out, done.model.state_dict())
-    finish(done, json, {"report": str(write_report(folder)), **({"out": str(out)} if out else {})})
+    finish(
+        done,
+        json,
+        {"ranks": done.result.get("ranks", progress.ranks), "report": str(write_report(folder)), **({"out": str(out)} if out else {})},
+    )
 
 
 @app.command()
@@ -190,6 +237,18 @@ def check(
 
 
 app.command()(federated.federate)
+
+
+@app.command(hidden=True)
+def rank(call: Annotated[Path, typer.Argument(metavar="CALL", help="The file of a call, which a launcher wrote.")]) -> None:
+    """Be one rank of a fit; what a launcher starts."""
+    from anyfit.fit import take_part
+
+    try:
+        done = take_part(call)
+    except AnyfitError as error:  # its launcher tells
+        raise typer.Exit(error.exit_code) from None
+    raise typer.Exit(0 if done.stopped != "signal" else 128 + int(done.result["signal"] or 15))
 
 
 @app.command()
@@ -254,7 +313,7 @@ def main() -> NoReturn:
     try:
         app()
     except AnyfitError as error:
-        if "--json" in sys.argv:
+        if "--json" in sys.argv and os.environ.get("RANK", "0") == "0":  # of several under torchrun one speaks for all
             sys.stdout.write(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}) + "\n")
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +17,14 @@ import typer
 
 from anyfit.cli.progress import print_table
 from anyfit.errors import InputError
+from anyfit.run import under_torchrun
 
 if TYPE_CHECKING:
+    from anyfit.cluster import Cluster
     from anyfit.data import Source
 
 __all__ = [
+    "Backend",
     "BatchSize",
     "DataPath",
     "Device",
@@ -28,12 +33,21 @@ __all__ = [
     "Group",
     "Ignore",
     "Json",
+    "MaxSentences",
+    "MaxTokens",
+    "Nnodes",
+    "Nproc",
+    "OptimizerOverrides",
     "Quiet",
+    "RankTimeout",
+    "Rdzv",
+    "Restarts",
     "Resume",
     "RunFolder",
     "RunOption",
     "Seed",
     "Sets",
+    "Shares",
     "SourceFields",
     "Split",
     "Steps",
@@ -41,16 +55,23 @@ __all__ = [
     "TaskName",
     "Test",
     "Types",
+    "UpdateFreq",
     "Validation",
+    "Wait",
     "Weights",
+    "brought",
+    "cluster_of",
     "finish",
     "fraction_or_name",
     "interruptible",
+    "of_hetseq",
+    "overrides_of",
     "pairs",
     "print_result",
     "privacy_of",
     "recorded",
     "run_folder",
+    "shared_folder",
     "source_of",
     "task_and_plan",
 ]
@@ -93,6 +114,40 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Folder for the ru
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+Nproc = Annotated[int | None, typer.Option("--nproc", help="Processes of this machine that share each step (default: 1).")]
+Nnodes = Annotated[int | None, typer.Option("--nnodes", help="Machines that share each step; each runs this command (default: 1).")]
+Rdzv = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv",
+        metavar="HOST:PORT",
+        help="Where machines meet: the first one and a free port of it (also tcp://HOST:PORT), or file:///PATH that all share.",
+    ),
+]
+Wait = Annotated[float | None, typer.Option("--wait", metavar="SECONDS", help="How long to wait for all machines (default: 300).")]
+RankTimeout = Annotated[
+    float | None,
+    typer.Option("--rank-timeout", metavar="SECONDS", help="Without a sign of life for so long, a process counts as dead (default: 30)."),
+]
+Restarts = Annotated[
+    int | None, typer.Option("--restarts", help="How many processes of this machine are started anew after they died (default: 0).")
+]
+Shares = Annotated[
+    str | None,
+    typer.Option("--shares", help="Parts of each step: measured (by speed), equal, or fixed ones such as 5:1 (default: measured)."),
+]
+Backend = Annotated[
+    str | None, typer.Option("--backend", help="What adds gradients: auto, gloo, or nccl (experimental, on GPUs; default: auto).")
+]
+OptimizerOverrides = Annotated[
+    str | None,
+    typer.Option("--optimizer-overrides", metavar="NAME=VALUE,...", help="Options of the optimizers in place of the task's or the run's."),
+]
+# HetSeq's names of the same things
+UpdateFreq = Annotated[int | None, typer.Option("--update-freq", hidden=True, help="HetSeq's name of `--set accumulate=`.")]
+MaxSentences = Annotated[int | None, typer.Option("--max-sentences", hidden=True, help="HetSeq's name of `--batch-size`.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", hidden=True, help="HetSeq's name of `--set max_tokens=`.")]
 
 
 def pairs(option: str, items: list[str] | None) -> dict[str, Any]:
@@ -170,6 +225,72 @@ def run_folder(run: Path | None, task: str, resume: bool) -> Path:
     while (Path("runs") / f"{name}-{number}").exists():
         number += 1
     return Path("runs") / f"{name}-{number}"
+
+
+def shared_folder(run: Path | None, folder: Path) -> Path:
+    """The folder that was asked for; under torchrun, where none was, the free one that rank 0 found."""
+    if run is not None or not under_torchrun():
+        return folder
+    from anyfit.cluster.meeting import connect
+
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise InputError("--run FOLDER is missing: these ranks were not started by torchrun itself, and cannot agree on one")
+    job = f"{environment['TORCHELASTIC_RUN_ID']}/{environment['TORCHELASTIC_RESTART_COUNT']}/folder"
+    store, _ = connect(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), serve=False, wait_s=60.0, job=job)
+    if environment["RANK"] == "0":
+        store.set("run", str(folder))
+    try:
+        return Path(store.get("run").decode())
+    except RuntimeError as error:
+        raise InputError("--run FOLDER is missing, and rank 0 has not told within 60 s which one it takes; give one") from error
+
+
+def cluster_of(given: Mapping[str, Any], run: Path | None) -> Cluster:
+    """The ranks that the options describe: fields of Cluster, None where an option was not given."""
+    from anyfit.cluster import Cluster
+
+    options = {"wait_s": "--wait", "timeout_s": "--rank-timeout", **{name: f"--{name}" for name in ("shares", "backend", "restarts")}}
+    asked = {name: value for name, value in given.items() if value is not None}
+    cluster = Cluster(**asked)
+    if under_torchrun():
+        starts = next((name for name in ("nproc", "nnodes", "rdzv", "restarts") if name in asked), None)
+        if starts is not None:
+            raise InputError(f"--{starts} (={asked[starts]}) says what to start, and torchrun has started these processes; use one of both")
+    elif cluster.plain:
+        idle = next((name for name in options if name in asked), None)
+        if idle is not None:
+            raise InputError(f"{options[idle]} (={asked[idle]}) is for several processes; add --nproc N, or leave it out")
+    elif cluster.nnodes > 1 and run is None:
+        raise InputError(f"--run FOLDER is missing: {cluster.nnodes} machines need one that all of them see")
+    return cluster
+
+
+def overrides_of(text: str | None) -> dict[str, Any]:
+    """NAME=VALUE,... with JSON values, or one JSON object."""
+    from anyfit.values import parse
+
+    if text is None:
+        return {}
+    if text.lstrip().startswith("{"):
+        return dict(parse(text, f"--optimizer-overrides (={text!r})"))
+    items = pairs("--optimizer-overrides", re.split(r",(?=[^,=\[\]]+=)", text))  # betas=[0.9,0.98] has a comma of its own
+    return {name: parse(value, f"{name} (={value!r}) of --optimizer-overrides") for name, value in items.items()}
+
+
+def of_hetseq(
+    sets: list[str] | None, batch_size: int | None, *, max_sentences: int | None, max_tokens: int | None, update_freq: int | None
+) -> tuple[list[str] | None, int | None]:
+    """--set and --batch-size, with what HetSeq's names for them ask."""
+    if max_sentences is not None and batch_size is not None:
+        raise InputError(f"--max-sentences (={max_sentences}) is HetSeq's name of --batch-size (={batch_size}); give one of both")
+    named = pairs("--set", sets)
+    for option, field, value in (("--max-tokens", "max_tokens", max_tokens), ("--update-freq", "accumulate", update_freq)):
+        if value is not None:
+            if field in named:
+                raise InputError(f"{option} (={value}) is HetSeq's name of --set {field}={named[field]}; give one of both")
+            sets = [*(sets or []), f"{field}={value}"]
+    return sets, batch_size if max_sentences is None else max_sentences
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -255,4 +376,17 @@ def finish(done: Any, as_json: bool, more: dict[str, Any], show_more: Callable[[
     print_result(result, as_json, show)
     if done.stopped == "signal":
         typer.echo(f"stopped by a signal; go on with: --run {done.path} --resume", err=True)
-        raise typer.Exit(128 + int(done.result["signal"]))
+        raise typer.Exit(128 + int(done.result["signal"] or signal.SIGTERM))
+
+
+def brought(done: Any, ranks: int, place: str, as_json: bool) -> None:
+    """What a machine says whose ranks took part in a run that is told of elsewhere."""
+    host = place.removeprefix("tcp://")
+    if not under_torchrun():
+        result = {"run": str(done.path), "stopped": done.stopped, "steps": done.result["steps"], "brought": {"ranks": ranks, "to": host}}
+        many = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        print_result(
+            result, as_json, lambda: typer.echo(f"brought {many} to {host}; the run is {done.path}, and its figures are told there")
+        )
+    if done.stopped == "signal":
+        raise typer.Exit(128 + int(done.result["signal"] or signal.SIGTERM))

@@ -7,55 +7,78 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from anyfit.cli.ranks import ranks_line, ranks_table
+
 __all__ = ["Progress", "event_line", "print_table", "spell", "spell_bytes"]
 
 
 class Progress:
-    """Takes the events of fit."""
+    """Takes the events of fit. `heard`: whether there were any, which is so in one process of all that share a fit."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
+        self._live: Any = None
         self._bar: Any = None
         self._task: Any = None
-        self._last_loss = ""
+        self._ranks: Mapping[str, Any] | None = None
+        self.heard = False
+
+    @property
+    def ranks(self) -> int:
+        """How many computed the last step that was told of."""
+        return 1 if self._ranks is None else len(self._ranks["ranks"])
 
     def __enter__(self) -> Self:
-        if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}"),
-            )
-            self._bar = Bar(*columns, console=Console(stderr=True))
-            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        self.heard |= kind in ("start", "step", "evaluate", "stop")  # a notice may be this machine's own
+        if kind == "ranks":
+            self._ranks = event
         if self._quiet:
             return
-        if self._bar is None:
+        if kind == "start" and sys.stderr.isatty():
+            self._draw(event)
+        if self._live is None:
             line = event_line(event)
             if line:
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
-            return
-        kind = event["event"]
-        if kind == "start":
-            self._task = self._bar.add_task("steps", total=event["steps"], completed=event["step"], loss="")
         elif kind == "step":
             self._bar.update(self._task, completed=event[kind], loss=f"loss {event['loss']:.4f}")
         elif kind in ("evaluate", "notice"):
-            self._bar.console.print(event_line(event), highlight=False, markup=False)
+            self._live.console.print(event_line(event), highlight=False, markup=False)
+
+    def _draw(self, event: Mapping[str, Any]) -> None:
+        """Begin to draw, now that it is known that this process is told."""
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        self._bar = Bar(*columns, auto_refresh=False)
+        self._task = self._bar.add_task("steps", total=event["steps"], completed=event["step"], loss="")
+        self._live = Live(console=Console(stderr=True), get_renderable=self._drawn, refresh_per_second=10)
+        self._live.start()
+
+    def _drawn(self) -> Any:
+        """The bar, and the ranks beneath it where there are any."""
+        from rich.console import Group
+
+        ranks = self._ranks
+        return self._bar if ranks is None else Group(self._bar, ranks_table(ranks))
 
 
 def event_line(event: Mapping[str, Any]) -> str:
@@ -68,6 +91,8 @@ def event_line(event: Mapping[str, Any]) -> str:
         return f"{event['parameters']:,} parameters; rows: {rows}"
     if kind == "checkpoint":
         return ""
+    if kind == "ranks":
+        return ranks_line(event)
     if kind == "stop":
         return f"stop: {event['reason']}"
     at = f"round {event['round']}" if "round" in event else f"step {event['step']}"

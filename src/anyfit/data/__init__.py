@@ -1,6 +1,6 @@
 """Where rows come from and how they become batches: sources, splits, tables to tensors, windows of batches."""
 
-from anyfit.data.batches import Batches, LoaderBatches, RowBatches, TensorBatches, Uniform, mix_seed, taken_apart, uniform
+from anyfit.data.batches import Batches, Indexed, LoaderBatches, RowBatches, Share, TensorBatches, Uniform, mix_seed, taken_apart, uniform
 from anyfit.data.blocks import Blocks
 from anyfit.data.hashes import pixels_of, row_hashes
 from anyfit.data.large import make_batches
@@ -16,11 +16,13 @@ __all__ = [
     "LENGTHS",
     "Batches",
     "Blocks",
+    "Indexed",
     "LoaderBatches",
     "Partition",
     "Ragged",
     "RowBatches",
     "Rows",
+    "Share",
     "Source",
     "Stream",
     "TensorBatches",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from anyfit.data.batches import Batches, Indexed, LoaderBatches, RowBatches, TensorBatches, Uniform, mix_seed, uniform
+from anyfit.data.batches import Batches, Indexed, LoaderBatches, Piece, RowBatches, Share, TensorBatches, Uniform, mix_seed, uniform
 from anyfit.data.blocks import Blocks
 from anyfit.data.ragged import Ragged, RaggedBatches
 from anyfit.data.stream import Stream
@@ -49,7 +49,13 @@ class BlockBatches(Indexed):
     """The blocks of an epoch come in a seeded order, a few at a time; rows are shuffled among those. Any step can be sought."""
 
     def __init__(self, blocks: Blocks, build: Build, plan: Plan, collate: Collate, **options: Any) -> None:
+        if plan.max_tokens is not None:
+            raise InputError(
+                f"max_tokens (={plan.max_tokens}) needs the lengths of all samples, and these rows are never in memory together; leave it out, "
+                "or give rows that fit"
+            )
         super().__init__(blocks.num_rows, plan.updated(bucket=False), **options)
+        self._measured: bool | None = None  # whether groups know the lengths of their rows; None before the first came
         self._blocks, self._build, self._collate, self._plan = blocks, build, collate, plan
         self._loaded: dict[tuple[int, int], InMemory] = {}
         self._listed: tuple[int, list[tuple[list[int], int]]] = (-1, [])
@@ -77,26 +83,34 @@ class BlockBatches(Indexed):
             table = pa.concat_tables([self._blocks.block(index) for index in blocks])
             plan = self._plan.updated(seed=mix_seed(self.seed, epoch, number), batch_size=min(self.batch_size, table.num_rows))
             self._loaded[key] = batches_in_memory(self._build(table), plan, self._collate, device=self.device, shuffle=self._shuffle)
+            self._measured = self._loaded[key].lengths is not None
         return self._loaded[key]
 
-    def window(self, position: Position, share: slice | None = None) -> Sequence[Any]:
-        start, stop = self._bounds(position.offset, share)
-        batches = []
-        for first in range(start, stop, self.batch_size):
-            batch = self._batch(position.epoch, first, min(stop, first + self.batch_size))
-            batches.append(self._augmented(batch, position.epoch, first))
-        return batches
+    def _read(self, position: Position, pieces: list[Piece], share: Share | None) -> list[Any]:
+        return [self._batch(position.epoch, start, stop) for start, stop in pieces]
 
-    def _batch(self, epoch: int, start: int, stop: int) -> Any:
-        """One batch, joined where its rows stand in two groups."""
-        parts: list[tuple[InMemory, Tensor]] = []
+    def _units(self, epoch: int, start: int, stop: int) -> Tensor | None:
+        if self._measured is False:  # rows alone need no reading
+            return None
+        units = [
+            None if group.lengths is None else group.lengths[indices].clamp(min=1) for group, indices in self._parts(epoch, start, stop)
+        ]
+        found = [part for part in units if part is not None]
+        return torch.cat(found) if len(found) == len(units) else None
+
+    def _parts(self, epoch: int, start: int, stop: int) -> Iterator[tuple[InMemory, Tensor]]:
+        """The groups in which the rows at [start, stop) stand, and their indices there."""
         begin = 0
         for number, (blocks, rows) in enumerate(self._groups(epoch)):
             low, high = max(start, begin), min(stop, begin + rows)
             if low < high:
                 group = self._group(epoch, number, blocks)
-                parts.append((group, group.order(epoch)[low - begin : high - begin]))
+                yield group, group.order(epoch)[low - begin : high - begin]
             begin += rows
+
+    def _batch(self, epoch: int, start: int, stop: int) -> Any:
+        """One batch, joined where its rows stand in two groups."""
+        parts = list(self._parts(epoch, start, stop))
         first = parts[0][0]
         if len(parts) == 1 or not isinstance(first, RowBatches):
             paddings = (
@@ -108,10 +122,17 @@ class BlockBatches(Indexed):
         samples = [sample for group, indices in parts if isinstance(group, RowBatches) for sample in group.samples(indices.tolist())]
         return self._finish(self._collate(samples))
 
-    def __iter__(self) -> Iterator[Any]:
-        for table in self._blocks:
-            plan = self._plan.updated(batch_size=min(self.batch_size, table.num_rows), bucket=False)
-            yield from batches_in_memory(self._build(table), plan, self._collate, device=self.device, shuffle=False)
+    def part(self, index: int, count: int) -> Iterator[Any]:
+        begin = 0  # batches before this block
+        for number, size in enumerate(self._blocks.sizes):
+            if not size:
+                continue
+            inside, held = (index - begin) % count, -(-size // self.batch_size)
+            if inside < held:
+                plan = self._plan.updated(batch_size=min(self.batch_size, size), bucket=False)
+                rows = self._build(self._blocks.block(number))
+                yield from batches_in_memory(rows, plan, self._collate, device=self.device, shuffle=False).part(inside, count)
+            begin += held
 
 
 def _joined(parts: list[Any], paddings: Mapping[str, int], padding: int = 0) -> Any:
@@ -132,6 +153,8 @@ def _joined(parts: list[Any], paddings: Mapping[str, int], padding: int = 0) -> 
 class StreamBatches(Batches):
     """Windows of a stream in the order of its shuffle buffer; a seek reads again from the epoch's start."""
 
+    unshared = "a stream cannot be shared between workers by rows; give each its own part of the source"
+
     def __init__(
         self,
         stream: Stream,
@@ -146,6 +169,8 @@ class StreamBatches(Batches):
     ) -> None:
         if plan.batch_size is None:
             raise InputError("batch_size (=None) means all rows, which a stream has no number of; give one")
+        if plan.max_tokens is not None:
+            raise InputError(f"max_tokens (={plan.max_tokens}) needs the lengths of all samples, which a stream cannot tell; leave it out")
         self.rows, self.steps_per_epoch = None, None
         self.batch_size, self.step_size = plan.batch_size, plan.batch_size * plan.accumulate
         self.device = device
@@ -154,9 +179,9 @@ class StreamBatches(Batches):
         self._next = (-1, -1)
         self._source: Iterator[dict[str, Any]] = iter(())
 
-    def window(self, position: Position, share: slice | None = None) -> Sequence[Any]:
+    def window(self, position: Position, share: Share | None = None) -> Sequence[Any]:
         if share is not None:
-            raise InputError("a stream cannot be shared between workers by rows; give each its own part of the source")
+            raise InputError(self.unshared)
         here = (position.epoch, position.offset)
         if here != self._next:
             self._source = self._stream.shuffled(mix_seed(self._plan.seed, position.epoch)) if self._shuffle else iter(self._stream)

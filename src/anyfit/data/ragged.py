@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyfit.data.batches import CHUNK_BYTES, CHUNK_STEPS, Indexed
+from anyfit.data.batches import CHUNK_BYTES, CHUNK_STEPS, Indexed, Piece, Share
 from anyfit.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,17 +65,16 @@ class RaggedBatches(Indexed):
         if len(sizes) != 1:
             raise DataError(f"columns of a data set have {', '.join(map(str, sorted(sizes)))} rows; they must agree")
         self.columns = dict(columns)
-        super().__init__(len(ragged), plan, lengths=ragged.lengths, **options)
-        self._all_lengths = ragged.lengths
+        super().__init__(len(ragged), plan, lengths=lambda: ragged.lengths, **options)
+        self._real_lengths = ragged.lengths  # 0 for an empty row
         longest = sum(int(value.lengths.max()) for value in columns.values() if isinstance(value, Ragged))
         self._chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // max(1, 8 * longest * self.step_size)))
         self._chunk: tuple[int, int] = (-1, -1)
         self._views: list[list[Any]] = []
 
-    def window(self, position: Position, share: slice | None = None) -> Sequence[Any]:
-        if share is not None:
-            start, stop = self._bounds(position.offset, share)
-            return self._augment_all(self._gather(self.order(position.epoch)[start:stop], self.batch_size), position.epoch, start)
+    def window(self, position: Position, share: Share | None = None) -> Sequence[Any]:
+        if share is not None or self._packs is not None:
+            return super().window(position, share)
         chunk = (position.epoch, position.offset // self._chunk_steps)
         if chunk != self._chunk:
             assert self.rows is not None
@@ -90,11 +89,19 @@ class RaggedBatches(Indexed):
     def _augment_all(self, window: list[Any], epoch: int, start: int) -> list[Any]:
         return [self._augmented(batch, epoch, start + index * self.batch_size) for index, batch in enumerate(window)]
 
+    def _read(self, position: Position, pieces: list[Piece], share: Share | None) -> list[Any]:
+        if not pieces:
+            return []
+        order = self.order(position.epoch)
+        if self._packs is not None:  # each by itself: padding to the longest of all would burst the budget
+            return [self.batch_of(order[start:stop]) for start, stop in pieces]
+        return self._gather(order[pieces[0][0] : pieces[-1][1]], pieces[0][1] - pieces[0][0])
+
     def _gather(self, indices: Tensor, size: int) -> list[dict[str, Tensor]]:
         """Batches of `size` of the given rows in their order."""
         if not len(indices):
             return []
-        lengths = self._all_lengths[indices]
+        lengths = self._real_lengths[indices]
         whole = {
             name: value.padded(indices) if isinstance(value, Ragged) else value.index_select(0, indices.to(value.device))
             for name, value in self.columns.items()
@@ -111,10 +118,9 @@ class RaggedBatches(Indexed):
         """One batch of some rows, (B,) indices, on the device."""
         return self._gather(indices, len(indices))[0]
 
-    def __iter__(self) -> Iterator[Any]:
-        assert self.rows is not None
-        for start in range(0, self.rows, self.batch_size):
-            yield from self._gather(torch.arange(start, min(self.rows, start + self.batch_size)), self.batch_size)
+    def part(self, index: int, count: int) -> Iterator[Any]:
+        for start, stop in self._in_order()[index::count]:
+            yield self.batch_of(torch.arange(start, stop))
 
 
 def packed(rows: Ragged, length: int, separator: int | None = None) -> Ragged:

@@ -162,7 +162,8 @@ class Part:
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """A batched fetch where the data set has one."""
         if hasattr(self.dataset, "__getitems__"):
-            return list(self.dataset.__getitems__([self.indices[index] for index in indices]))
+            fetched: list[Any] = self.dataset.__getitems__([self.indices[index] for index in indices])  # or a batch, where it makes them
+            return fetched
         return [self[index] for index in indices]
 
 

@@ -22,7 +22,7 @@ def write_report(run: Path) -> Path:
     """Write `report.html` and the PNG plots into the run folder; plots that no longer apply are removed."""
     records = read(Path(run))
     pictures = draw(records)
-    for name in ("loss", "metrics", "confusion", "partition", "sites", "privacy", "comparison"):
+    for name in ("loss", "metrics", "confusion", "partition", "sites", "privacy", "comparison", "ranks"):
         path = records.run / f"{name}.png"
         if name in pictures:
             write_atomic(path, pictures[name].png)

@@ -39,6 +39,7 @@ def build(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
     yield from _comparison_section(records, pictures)
     yield from _site_section(records, pictures)
     yield from _privacy_section(records, pictures)
+    yield from _rank_section(records, pictures)
     yield _configuration(records)
     yield _data_section(records)
     yield _environment(records)
@@ -100,6 +101,10 @@ def _facts(records: Records) -> Iterator[tuple[str, str]]:
         yield "time", _duration(seconds)
     if records.samples_per_s:
         yield "median speed", f"{records.samples_per_s:,.0f} samples/s"
+    counts = [int(count) for _, count in records.ranks.counts]
+    if counts:
+        last, least, most = counts[-1], min(counts), max(counts)
+        yield "ranks", f"{last:,}" if least == most else f"{last:,} ({least:,} to {most:,})"
     if any(records.moved.values()):
         yield "moved", f"{_size(records.moved['bytes_up'])} up, {_size(records.moved['bytes_down'])} down"
 
@@ -262,6 +267,38 @@ def _privacy_section(records: Records, pictures: Mapping[str, Picture]) -> Itera
         caption = f"An attacker who sees the weights learns no more of one row or site than epsilon allows: {spell(spent)} at "
         parts.append(_figure(pictures["privacy"], f"Epsilon over each {records.clock}", f"{caption}{records.clock} {at:,.0f}."))
     yield _section("Privacy", *parts, *([_settings("What was asked for", told)] if told else []))
+
+
+def _rank_section(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
+    """How the step was shared, and what was gained by it."""
+    ranks = records.ranks
+    if not ranks.last:
+        return
+    parts: list[Html] = []
+    if "ranks" in pictures:
+        caption = "A rank is named by its place at the first line of the log that tells of it."
+        if ranks.gains:
+            gain, share = (_median([value for _, value in points]) for points in (ranks.gains, ranks.reached))
+            caption = f"In the middle, a step was {gain:.2f} times as fast as with equal shares, {share:.0%} of what the speeds of its ranks allow. {caption}"
+        parts.append(_figure(pictures["ranks"], "Share and waiting of each rank", caption))
+    rows = []
+    for name, told in list(ranks.last.items())[:_MANY_ROWS]:
+        waits, shares = ([value for _, value in panel.get(name, [])] for panel in (ranks.waited, ranks.shares))
+        part, wait = (_median(values) if values else None for values in (shares, waits))
+        spell_part = None if part is None else f"{part:.1f} %"
+        host, until = str(told.get("host") or ""), f"{told['first']:,.0f} to {told['step']:,.0f}"
+        rows.append((name, host, spell_part, number(told.get("speed")), wait, whole(told.get("cap")), until))
+    head = ("rank", "host", "median share", "last speed (/s)", "median waiting (ms)", "rows at once", "steps")
+    capped = any(row[5] is not None for row in rows)  # only where memory was short
+    listed = table(head if capped else (*head[:5], head[6]), rows if capped else [(*row[:5], row[6]) for row in rows])
+    more = [tag("p", f"The first {_MANY_ROWS} of {len(ranks.last):,} ranks.", class_="note")] if len(ranks.last) > _MANY_ROWS else []
+    many = [tag("details", tag("summary", f"{len(ranks.last):,} ranks"), listed)] if len(ranks.last) > _LONG else [listed]
+    yield _section("Ranks", *parts, *many, *more)
+
+
+def _median(values: Sequence[float]) -> float:
+    """The middle one; of an even number the lower of two."""
+    return sorted(values)[(len(values) - 1) // 2]
 
 
 def _partition_figure(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:

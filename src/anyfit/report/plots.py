@@ -53,6 +53,7 @@ def draw(records: Records) -> dict[str, Picture]:
         "partition": _draw_partition(records),
         "privacy": _draw_privacy(records),
         "comparison": _draw_comparison(records),
+        "ranks": _draw_ranks(records),
     }
     found = records.classes
     if found and len(found[1]) <= _MANY_CLASSES:
@@ -222,7 +223,7 @@ def _draw_panels(panels: Mapping[str, Mapping[str, Points]], records: Records) -
     return figure
 
 
-def _draw_crowd(axes: Axes, name: str, panel: Mapping[str, Points]) -> None:
+def _draw_crowd(axes: Axes, name: str, panel: Mapping[str, Points], each: str = "site", worst: str = "worst site of each round") -> None:
     """Many sites: each as a thin grey line, or where lines would hide each other the band of most; their median, and the worst."""
     at_time: dict[float, list[float]] = {}
     for points in panel.values():
@@ -233,11 +234,11 @@ def _draw_crowd(axes: Axes, name: str, panel: Mapping[str, Points]) -> None:
     ordered = [(at, sorted(values)) for at, values in sorted(at_time.items())]
     if len(panel) > _MANY_CURVES:
         low, high = ([_quantile(values, share) for _, values in ordered] for share in (0.1, 0.9))
-        label = "10 % to 90 % of sites"
+        label = f"10 % to 90 % of {each}s"
         axes.fill_between([at for at, _ in ordered], low, high, color=_COLOURS[0], alpha=0.2, linewidth=0, label=label)
         extreme = [(at, values[0 if low_is_worse(name) else -1]) for at, values in ordered]
-        _line(axes, extreme, _COLOURS[1], "worst site of each round", width=1.0)
-    _line(axes, [(at, _quantile(values, 0.5)) for at, values in ordered], _COLOURS[0], f"median of {len(panel):,} sites")
+        _line(axes, extreme, _COLOURS[1], worst, width=1.0)
+    _line(axes, [(at, _quantile(values, 0.5)) for at, values in ordered], _COLOURS[0], f"median of {len(panel):,} {each}s")
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
@@ -245,6 +246,40 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     place = share * (len(ordered) - 1)
     low, rest = ordered[int(place)], place - int(place)
     return low if rest == 0 else low + rest * (ordered[int(place) + 1] - low)
+
+
+def _draw_ranks(records: Records) -> Figure | None:
+    """Each rank's share of the step and how long it waited for others; where their number changed, a dashed line, and the number beneath."""
+    ranks = records.ranks
+    panels = [
+        (name, panel) for name, panel in (("share of the step (%)", ranks.shares), ("waiting (ms)", ranks.waited)) if any(panel.values())
+    ]
+    if not panels:
+        return None
+    changes = [at for (_, before), (at, after) in pairwise(ranks.counts) if before != after]
+    heights = [*([2.0] * len(panels)), *([0.7] if changes else [])]
+    figure = _new_figure(_WIDTH, sum(heights) + 0.7)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    for index, (name, panel) in enumerate(panels):
+        axes = figure.add_subplot(grid[index], sharex=figure.axes[0] if index else None)
+        _style(axes, name, records.clock if index == len(heights) - 1 else None)
+        if len(panel) > _MANY_LINES:
+            _draw_crowd(axes, name, panel, "rank", "highest of each step")
+        else:
+            for place, (rank, points) in enumerate(panel.items()):
+                _line(axes, points, _COLOURS[place % len(_COLOURS)], rank)
+        axes.set_ylim(bottom=0)
+        for at in changes:
+            axes.axvline(at, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    if changes:
+        beneath = figure.add_subplot(grid[len(panels)], sharex=figure.axes[0])
+        _style(beneath, "ranks", records.clock)
+        beneath.plot(*zip(*ranks.counts, strict=True), color=_COLOURS[7], linewidth=1.2, drawstyle="steps-post")
+        numbers = sorted({int(count) for _, count in ranks.counts})
+        beneath.set_yticks([numbers[0], numbers[-1]], [f"{numbers[0]:,}", f"{numbers[-1]:,}"])
+        beneath.set_ylim(numbers[0] - 0.5, numbers[-1] + 0.5)
+    _legend(figure.axes[0])
+    return figure
 
 
 def _draw_privacy(records: Records) -> Figure | None:

@@ -12,12 +12,63 @@ from typing import Any
 from anyfit.errors import InputError
 from anyfit.run import read_record
 
-__all__ = ["Points", "Records", "low_is_worse", "mapping", "mappings", "number", "read", "scalars", "whole"]
+__all__ = ["Points", "Ranks", "Records", "low_is_worse", "mapping", "mappings", "number", "read", "scalars", "whole"]
 
 Points = list[tuple[float, float]]  # (step or round, value), in order
 
 _LOW_IS_WORSE = ("accuracy", "auroc", "f1", "r2", "precision", "recall", "score")  # of anything else, a loss or an error, the highest is
 _BOOKKEEPING = {"event", "step", "epoch", "round", "rows", "seconds", "bytes_up", "bytes_down", "count", "best"}
+
+
+@dataclass(slots=True)
+class Ranks:
+    """What timings.jsonl says of ranks that shared each step. A rank keeps its first name when others before it are lost."""
+
+    counts: Points = field(default_factory=list)  # how many there were
+    shares: dict[str, Points] = field(default_factory=dict)  # rank -> per cent of the step
+    waited: dict[str, Points] = field(default_factory=dict)  # rank -> ms
+    last: dict[str, dict[str, Any]] = field(default_factory=dict)  # rank -> what was told of it last
+    gains: Points = field(default_factory=list)  # how many times as fast as with equal shares
+    reached: Points = field(default_factory=list)  # of what the ranks' speeds allow
+    _names: dict[int, str] = field(default_factory=dict)  # of the members of this launch
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        """One line of timings.jsonl. What a resume took back is forgotten."""
+        at = number(line.get("step"))
+        if at is None or "samples_per_s" not in line:
+            return
+        told = [entry for entry in mappings(line.get("ranks")) if whole(entry.get("rank")) is not None]
+        if self.counts and at <= self.counts[-1][0]:
+            self._cut(at)
+        if told or self.counts:
+            self.counts.append((at, max(1, len(told))))
+        equal, current, limit = (number(line.get(name)) for name in ("equal", "current", "limit"))
+        if equal and current and limit and len(told) > 1:
+            self.gains.append((at, equal / current))
+            self.reached.append((at, equal / current / limit))
+        total = sum(whole(entry.get("share")) or 0 for entry in told)
+        for entry in told:
+            name = self._name(entry, at)
+            share, waited = whole(entry.get("share")), number(entry.get("waited"))
+            self.last[name] = {**entry, "first": self.last.get(name, {}).get("first", at), "step": at}
+            if share is not None and total:
+                self.shares.setdefault(name, []).append((at, 100 * share / total))
+            if waited is not None:
+                self.waited.setdefault(name, []).append((at, 1e3 * waited))
+
+    def _name(self, entry: Mapping[str, Any], at: float) -> str:
+        member, name = whole(entry.get("member")), f"rank {entry['rank']}"
+        if member is None:
+            return name
+        if member not in self._names:
+            self._names[member] = name if name not in self._names.values() else f"{name} from step {at:,.0f}"
+        return self._names[member]
+
+    def _cut(self, at: float) -> None:
+        """Of a run that was resumed at an earlier step; its members are numbered anew."""
+        self._names = {}
+        for points in (self.counts, self.gains, self.reached, *self.shares.values(), *self.waited.values()):
+            points[:] = [point for point in points if point[0] < at]
 
 
 @dataclass(slots=True)
@@ -39,6 +90,7 @@ class Records:
     torn: int = 0  # lines that could not be read
     not_finite: float | None = None  # where a loss first was NaN or infinite
     samples_per_s: float | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def kind(self) -> str:
@@ -140,7 +192,10 @@ def read(run: Path) -> Records:
     records.stopped = str(records.result["stopped"]) if "stopped" in records.result else records.stopped
     moved = mapping(records.result.get("bytes"))  # counts what went before the first round too
     records.moved |= {f"bytes_{way}": count for way in ("up", "down") if (count := whole(moved.get(way))) is not None}
-    speeds = sorted(filter(None, (number(line.get("samples_per_s")) for line in _lines(run / "timings.jsonl") if line)))
+    timings = [line for line in _lines(run / "timings.jsonl") if line]
+    for line in timings:
+        records.ranks.take(line)
+    speeds = sorted(filter(None, (number(line.get("samples_per_s")) for line in timings)))
     records.samples_per_s = speeds[len(speeds) // 2] if speeds else None
     return records
 

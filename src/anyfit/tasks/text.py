@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from anyfit import data
+from anyfit import data, dropout
 from anyfit.errors import DataError, InputError, TaskError
 from anyfit.schedule import Schedule, cosine
 from anyfit.schema import Schema
@@ -136,10 +136,12 @@ class TextNetwork(TextTask):
 class _Thinning(nn.Dropout):
     """While training, some words are taken for the unknown one."""
 
+    draws_by_place = True  # exact_dropout covers it
+
     def forward(self, input_ids: Tensor, unknown: int, padding: int | None) -> Tensor:  # type: ignore[override]
         if not (self.training and self.p):
             return input_ids
-        dropped = torch.rand(input_ids.shape, device=input_ids.device) < self.p
+        dropped = dropout.dropped(self, self.p, input_ids.shape, input_ids.device)
         return torch.where(dropped & (input_ids != padding), unknown, input_ids)
 
 
