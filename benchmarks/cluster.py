@@ -212,17 +212,24 @@ class Rank:
         return answer
 
     def drift(self, work: str, ratio: float, step_ms: float, swaps: int, job: str) -> dict[str, Any]:
-        """Steps after each swap of the speeds until three in a row take less than 1.1 of what they took before."""
+        """After each swap of the speeds: steps until three in a row take less than 1.1 of what they took before, and until the shares say so."""
         self.begin(job, work)
         row_ms = self.calibrated(ratio, step_ms)
         best = statistics.median(self.block("balanced", SETTLE + 15)[SETTLE:])
-        back = []
+        total = self.batches.step_size
+        back, planned = [], []
         for swap in range(swaps):
-            self.pace(ratio if swap % 2 else 1 / ratio, row_ms)
-            slow = [seconds >= 1.1 * best for seconds in self.block("balanced", 50)]
+            slowness = (ratio, 1.0) if swap % 2 == 0 else (1.0, ratio)
+            self.pace(slowness[1] / slowness[0], row_ms)
+            slow, wrong = [], []
+            for _ in range(50):
+                slow.append(self.block("balanced", 1)[0] >= 1.1 * best)
+                split = [(share.last - share.first) * each for share, each in zip(self.group.shares, slowness, strict=True)]
+                wrong.append(max(split) >= 1.1 * total / sum(1 / each for each in slowness))
             back.append(next((step for step in range(48) if not any(slow[step : step + 3])), 50))
+            planned.append(max((step + 1 for step in range(50) if wrong[step]), default=0))
         self.end()
-        return {"best": best, "back": back}
+        return {"best": best, "back": back, "planned": planned}
 
     def jitter(self, work: str, ratio: float, step_ms: float, steps: int, job: str) -> dict[str, Any]:
         """Changes of the shares while all times jitter, after the balancer has settled."""
@@ -472,20 +479,20 @@ def alone(rounds: int) -> dict[str, Any]:
 
 
 def serve_alone(which: str) -> dict[str, Any]:
-    """One fit in this process: CPU seconds from its start to the first step, CPU microseconds of a step, and what a group would leave."""
+    """One fit in this process: CPU seconds until it starts, CPU microseconds of a step, and what a group would leave."""
     torch.set_num_threads(1)
     marks: dict[int, float] = {}
 
     def note(event: dict[str, Any]) -> None:
-        if event["event"] == "step":
+        if event["event"] in ("start", "step"):
             marks[event["step"]] = time.process_time()
 
-    more = {"nproc": 1} if which == "fit(nproc=1)" else {}
-    fit(Perceptron(), images(), steps=801, batch_size=32, log_every=1, on_event=note, **more)
+    more: Any = {"nproc": 1} if which == "fit(nproc=1)" else {}
+    fit(Perceptron(), images(), steps=1100, batch_size=32, log_every=100, on_event=note, **more)
     links = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     return {
-        "start_s": marks[1],
-        "step_us": (marks[801] - marks[1]) / 800 * 1e6,
+        "start_s": marks[0],
+        "step_us": (marks[1100] - marks[100]) / 1000 * 1e6,
         "groups": int(dist.is_initialized()),
         "sockets": sum(link.startswith("socket:") for link in links),
         "threads": threading.active_count() - 1,
@@ -537,7 +544,7 @@ def measure(parts: set[str], *, quick: bool) -> dict[str, Any]:
     if "death" in parts:
         found["death"] = deaths(*((1, 6, 0) if quick else (4, 6, 0)))
     if "alone" in parts:
-        found["alone"] = alone(1 if quick else 5)
+        found["alone"] = alone(1 if quick else 7)
     found["load"].append(os.getloadavg()[0])
     sys.stderr.write(f"done in {(time.monotonic() - begun) / 60:.1f} minutes\n")
     return found
@@ -547,32 +554,35 @@ def show(found: dict[str, Any]) -> None:
     """Tables."""
     print("load: " + " to ".join(f"{load:.1f}" for load in found["load"]))
     if "speed" in found:
-        simulated = f"{'ms':>11}{'gain':>6}" if found["predicted"] else ""
-        print(f"\n{'':<22}{'ms a step':^26}{'equal over balanced':^36}{'ddp over balanced':^23}{'predicted':^17}" if simulated else "")
+        simulated = f"{'predicted':>11}{'gain':>6}" if found["predicted"] else ""
         print(
-            f"{'work':<6}{'ranks':<7}{'about':>6}{'equal':>9}{'balanced':>10}{'ddp':>8}"
-            f"{'gain':>8}{'low':>6}{'high':>6}{'limit':>7}{'reached':>9}{'gain':>9}{'low':>6}{'high':>6}{'extra ms':>10}{simulated}"
+            f"\n{'work':<6}{'ranks':<7}{'about':>6}{'equal ms':>10}{'balanced':>10}{'ddp':>8}"
+            f"{'gain':>8}{'low':>6}{'high':>6}{'limit':>7}{'reached':>9}{'over ddp':>10}{'low':>6}{'high':>6}{'extra ms':>10}{simulated}"
         )
         for row in found["speed"]:
             extra = f"{row['extra_ms']:.2f}" if row["ranks"] == "1:1" else ""
             print(
-                f"{row['work']:<6}{row['ranks']:<7}{row['about_ms']:>6}{row['equal']:>9.1f}{row['balanced']:>10.1f}{row['ddp']:>8.1f}"
+                f"{row['work']:<6}{row['ranks']:<7}{row['about_ms']:>6}{row['equal']:>10.1f}{row['balanced']:>10.1f}{row['ddp']:>8.1f}"
                 f"{row['gain']:>8.2f}{row['low']:>6.2f}{row['high']:>6.2f}{row['limit']:>7.2f}{row['reached']:>9.2f}"
-                f"{row['over_ddp']:>9.2f}{row['over_ddp_low']:>6.2f}{row['over_ddp_high']:>6.2f}{extra:>10}"
+                f"{row['over_ddp']:>10.2f}{row['over_ddp_low']:>6.2f}{row['over_ddp_high']:>6.2f}{extra:>10}"
                 + (f"{row['predicted_ms']:>11.1f}{row['predicted_gain']:>6.2f}" if simulated else "")
             )
         print(
-            f"\n{'work':<6}{'ranks':<7}{'about':>6}{'rows':>6}{'ms a row':>14}{'shares':>10}{'beyond ms':>11}{'CPU ms: equal':>15}{'balanced':>10}{'ddp':>7}"
+            f"\n{'work':<6}{'ranks':<7}{'about':>6}{'rows':>6}{'ms a row':>12}{'shares':>10}{'beyond ms':>11}{'CPU ms: equal':>15}{'balanced':>10}{'ddp':>7}"
         )
         for row in found["speed"]:
             paces, shares, cpu = "/".join(f"{pace:.2f}" for pace in row["paces_ms"]), "/".join(map(str, row["shares"])), row["cpu_ms"]
             print(
-                f"{row['work']:<6}{row['ranks']:<7}{row['about_ms']:>6}{row['rows']:>6}{paces:>14}{shares:>10}{row['beyond_ms']:>11.2f}"
+                f"{row['work']:<6}{row['ranks']:<7}{row['about_ms']:>6}{row['rows']:>6}{paces:>12}{shares:>10}{row['beyond_ms']:>11.2f}"
                 f"{cpu['equal']:>15.2f}{cpu['balanced']:>10.2f}{cpu['ddp']:>7.2f}"
             )
     if "drift" in found:
         back, best = found["drift"]["back"], found["drift"]["best"]
-        print(f"\nspeeds of 1:3 swapped {len(back)} times: below 1.1 of {1e3 * best:.0f} ms after {', '.join(map(str, back))} steps")
+        planned = found["drift"]["planned"]
+        print(
+            f"\nspeeds of 1:3 swapped {len(back)} times: steps below 1.1 of {1e3 * best:.0f} ms after {', '.join(map(str, back))} of them"
+        )
+        print(f"shares that promise that after {', '.join(map(str, planned))}")
         for ranks, jitter in found["jitter"].items():
             print(f"{ranks} with {JITTER:.0%} jitter: {jitter['changes']} changes of shares in {jitter['steps']} steps")
     if "death" in found:
@@ -584,9 +594,9 @@ def show(found: dict[str, Any]) -> None:
             )
         print(f"weights within {death['weights_apart']:.0e} of one process, losses within {death['losses_apart']:.0e}")
     if "alone" in found:
-        print(f"\n{'one process':<14}{'CPU s to first step':>20}{'CPU us/step':>13}{'groups':>8}{'sockets':>9}{'threads':>9}")
+        print(f"\n{'one process':<14}{'CPU s to start':>16}{'CPU us/step':>13}{'groups':>8}{'sockets':>9}{'threads':>9}")
         for which, one in found["alone"].items():
-            print(f"{which:<14}{one['start_s']:>20.2f}{one['step_us']:>13.1f}{one['groups']:>8}{one['sockets']:>9}{one['threads']:>9}")
+            print(f"{which:<14}{one['start_s']:>16.2f}{one['step_us']:>13.1f}{one['groups']:>8}{one['sockets']:>9}{one['threads']:>9}")
 
 
 if __name__ == "__main__":

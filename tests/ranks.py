@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: real groups, sockets, store and coordinator, and deaths at chosen points of a step.
+"""Ranks as threads of one process: real groups, sockets and coordinator, and deaths at chosen points of a step.
 
 A test of a group then costs as long as its steps take, and no start of processes. What threads share are torch's, Python's and numpy's
 own random numbers: models get their parameters from a generator of their own, and steps may draw nothing (dropout: exact_dropout).
@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self
 
-import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from anyfit import Plan, Schema, Task
 from anyfit.cluster import Call, Cluster, Group, Member
-from anyfit.cluster.meeting import INBOX, Coordinator, Place, connect
+from anyfit.cluster.meeting import INBOX, Coordinator, Place
 from anyfit.data import Batches, make_batches
 from anyfit.engine import Stepped, Trainer, make_trainer, train
 from anyfit.machine import own_random
@@ -61,18 +62,15 @@ class Meeting:
     """A store in this process, and its coordinator in a thread."""
 
     def __init__(self, **options: Any) -> None:
-        self.store, self.port = connect(HOST, 0, serve=True, wait_s=LONG_S)
-        self.coordinator = Coordinator(self.connected(), **options)
+        self.store: Any = torch.distributed.HashStore()  # as torch's TCPStore, without a connection for each
+        self.store.set_timeout(timedelta(seconds=LONG_S))
+        self.coordinator = Coordinator(self.store, **options)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
-    def connected(self) -> Any:
-        """One more connection to the store."""
-        return connect(HOST, self.port, serve=False, wait_s=LONG_S)[0]
-
     def member(self, place: Place, timeout_s: float = 30.0) -> Member:
         """One that has said nothing yet."""
-        return Member(self.connected(), self.connected(), place, HOST, timeout_s=timeout_s)
+        return Member(self.store, self.store, place, HOST, timeout_s=timeout_s)
 
     def tell(self, **message: Any) -> None:
         """What a launcher tells."""

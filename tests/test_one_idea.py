@@ -1,4 +1,4 @@
-"""The test that states the project: here, and over sites, the same task learns the same weights."""
+"""The test that states the project: here, on unequal workers, and over sites, the same task learns the same weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from anyfit.cluster import Cluster
 from anyfit.data import Source
 from anyfit.federate import federate
 from anyfit.fit import fit
@@ -55,11 +56,18 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def test_fit_and_federate_learn_the_same_weights(sites: dict[str, pa.Table]) -> None:
+def test_fit_here_on_unequal_workers_and_federate_learn_the_same_weights(sites: dict[str, pa.Table]) -> None:
+    """One process; two processes of which one takes five sixths of each step; three sites of 5, 40 and 52 rows."""
     pooled = pa.concat_tables(list(sites.values()))
     alone = fit(Plain(), pooled, target="target", steps=ROUNDS, **OPTIONS)
+    events: list[dict[str, Any]] = []
+    unequal = Cluster(nproc=2, shares="5:1")
+    shared = fit(Plain(), pooled, target="target", steps=ROUNDS, cluster=unequal, on_event=events.append, device="cpu", **OPTIONS)
     together = federate(Plain(), sites, rounds=ROUNDS, steps=1, target="target", **OPTIONS)
     assert difference(alone.state.model, together.state.model) < 1e-10
+    assert difference(alone.state.model, shared.state.model) < 1e-10
+    (ranks,) = (event["ranks"] for event in events if event["event"] == "ranks")
+    assert [rank["share"] for rank in ranks] == [81, 16], "of 97 rows"
     assert isinstance(alone.model, Perceptron)
     start = fit(Plain(), pooled, target="target", steps=1, **OPTIONS)
     assert difference(alone.state.model, start.state.model) > 1e-2, "nothing was learnt, so equality would say nothing"

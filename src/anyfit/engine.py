@@ -203,6 +203,7 @@ class Trainer:
         self._stepping = False
         self._looked = False  # whether a step draws what exact dropout does not cover
         self._committing = False
+        self._taken: set[int] = set()  # batches of the window since the last backward
         self._expected = self._real = 0  # batches of the window, and those that are this worker's own
         self._reduced = 0  # of `steps`, how many are sums over all workers
         self.dropout: ExactDropout | None = None  # while `train` runs, where the plan asks for it
@@ -299,6 +300,7 @@ class Trainer:
         if not isinstance(step, Step):
             raise TaskError(f"step() of {type(self.task).__name__} returned a {type(step).__name__}; return anyfit.Step(loss, count, ...)")
         self.steps.append(step)
+        self._taken.clear()
         if not self.workers.alone and self._takes_part(step):
             return
         if not self._counts:
@@ -547,23 +549,33 @@ def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Step
         trainer._end()
 
 
+@dataclass(slots=True)
 class _Window(Sequence[Any]):
     """The batches of a step for a train_step: as one is taken, what depends on its samples is told of it."""
 
-    def __init__(self, trainer: Trainer, batches: Sequence[Any], places: Sequence[Tensor]) -> None:
-        self._trainer, self._batches, self._places = trainer, batches, places
+    trainer: Trainer
+    batches: Sequence[Any]
+    places: Sequence[Tensor]
+    numbers: Sequence[int]  # of those that stand here, within the step
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return _Window(self._trainer, self._batches[index], self._places[index])
-        trainer, batch = self._trainer, self._batches[index]
-        trainer.workers.phantom = index % len(self) >= trainer._real
+            return _Window(self.trainer, self.batches, self.places, self.numbers[index])
+        number, trainer = self.numbers[index], self.trainer
+        trainer._taken.add(number)
+        mixed = 0 < trainer._real < len(self.batches)
+        if len(trainer._taken) > 1 and (mixed or trainer.dropout is not None):
+            raise TaskError(
+                f"train_step of {type(trainer.task).__name__} takes several batches before trainer.backward(step) of the first; under ranks and with "
+                "exact_dropout each counts as it is taken, so take them one by one: for batch in window"
+            )
+        trainer.workers.phantom = number >= trainer._real
         if trainer.dropout is not None:
-            trainer.dropout.at(trainer.position.step, self._places[index])
-        return batch
+            trainer.dropout.at(trainer.position.step, self.places[number])
+        return self.batches[number]
 
 
 def _window(trainer: Trainer, batches: Batches) -> Sequence[Any]:
@@ -573,8 +585,8 @@ def _window(trainer: Trainer, batches: Batches) -> Sequence[Any]:
     share = None if workers.alone else workers.share(position, batches.units(position))
     window: Sequence[Any] = batches.window(position, share)
     trainer._real = len(window)
+    trainer._expects_more = len(window) > 1
     if workers.alone and trainer.dropout is None:
-        trainer._expects_more = len(window) > 1
         return window
     window = list(window)
     places = list(batches.places(position, share)) if trainer.dropout is not None else []
@@ -588,7 +600,8 @@ def _window(trainer: Trainer, batches: Batches) -> Sequence[Any]:
         seed_all(mix_seed(trainer.plan.seed, position.step, workers.rank + 1), trainer.device)
         workers.rows = max((first_tensor(batch).shape[0] for batch in window), default=0)
     trainer._expected = 0 if own else len(window)
-    return _Window(trainer, window, places)
+    trainer._taken.clear()
+    return _Window(trainer, window, places, range(len(window)))
 
 
 def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None, Count, Mapping[str, Tensor] | None]:
@@ -673,7 +686,7 @@ def _undo(trainer: Trainer) -> Callable[[], None]:
 
         return restore
     # random numbers of ranks begin anew with each step, and with each try of it
-    buffers, extras = [clone(b) for b in trainer.model.buffers()], trainer.extras.states()
+    buffers, extras = [clone(b) for b in trainer._model.buffers()], trainer.extras.states()
 
     def undo() -> None:
         trainer.forget()
@@ -681,7 +694,7 @@ def _undo(trainer: Trainer) -> Callable[[], None]:
             del trainer.extras[name]
         trainer.extras.load(extras)
         with torch.no_grad():
-            for buffer, before in zip(trainer.model.buffers(), buffers, strict=True):
+            for buffer, before in zip(trainer._model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
 
     return undo

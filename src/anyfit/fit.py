@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -139,16 +137,13 @@ def fit(
 def take_part(path: Path) -> Run:
     """Be one rank of a call of `fit` that a launcher wrote."""
     member, tell, several = child()
+    member.folder = path.parent
     try:
         call = read_call(path)
     except Exception as error:
         member.failed(error)
         raise
-    try:
-        return _fit(call, None, tell, member, several, path.parent)
-    finally:
-        if member.stuck:
-            os._exit(1 if sys.exc_info()[0] is not None else 0)
+    return _fit(call, None, tell, member, several, path.parent)
 
 
 def _fit(
@@ -293,6 +288,7 @@ class _Fit:
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = 0
         self.shards = None if group is None else Shards(group)
+        self.apart = False  # whether buffers of ranks differ
         self.members = 1 if group is None else group.size
 
     @property
@@ -301,7 +297,8 @@ class _Fit:
         if self.folder is None or (self.group is not None and self.group.rank != 0):
             return None
         if isinstance(self.folder, Seen):
-            self.folder = self.folder.taken_over(self.history)
+            assert self.group is not None
+            self.folder = self.folder.taken_over(self.history, 4 * self.group.member.timeout_s)
         return self.folder
 
     def emit(self, event: Event) -> None:
@@ -353,10 +350,8 @@ class _Fit:
         if self.overrides:
             record["optimizer_overrides"] = dict(self.overrides)
         self.record = record
-        if self.writes is not None:
-            self.writes.write_record(record)
-            if self.spending is not None:
-                keep_seed(self.writes, self.spending.steps.seed)
+        if self.group is None or not self.group.newcomer:
+            self._settled(self._write_record)
         if self.group is not None and self.group.rank != 0:
             return
         for notice in (*self.prepared.notices, *self._notices()):
@@ -375,12 +370,12 @@ class _Fit:
 
     def _start(self, record: dict[str, Any], weights: Any, partial: bool) -> None:
         """From the last checkpoint where there is one to go on from, else fresh or from other weights."""
+        before = None if self.folder is None or not self.resume else self.folder.record()  # before anyone writes a new one
         state = last_state(self.folder) if self.resume and self.folder is not None else None
         if self.group is not None and len(set(self.group.every(lambda: -1 if state is None else state.position.step))) > 1:
             raise StateError(
                 f"ranks see other checkpoints in run (={self.folder and str(self.folder.path)!r}); give a path that all nodes share"
             )
-        before = None if self.folder is None or not self.resume else self.folder.record()
         if state is None:
             if weights is not None:
                 record["weights"] = start_from(self.trainer.model, weights, partial)
@@ -399,6 +394,12 @@ class _Fit:
             changed |= {f"optimizer.{name}": [None, value] for name, value in self.overrides.items()}
             record["forks"] = [*before.get("forks", []), *([{"step": state.position.step, "changed": changed}] if changed else [])]
             record["weights"] = before.get("weights")
+
+    def _write_record(self) -> None:
+        if (folder := self.writes) is not None:
+            folder.write_record(self.record)
+            if self.spending is not None:
+                keep_seed(folder, self.spending.steps.seed)
 
     def _check_overrides(self) -> None:
         for optimizer in self.trainer.optimizers.values():
@@ -532,9 +533,13 @@ class _Fit:
             if logs:
                 self._log(event)
             better = self._evaluate(event) if evaluates else False
-            if logs and self.group is not None:
-                self.asked = self.group.agree(self.asked)
-                self._compare(self.group)
+            asked = self.asked
+            if self.group is not None:
+                if self.asked:  # all are told with the next step, unless there is a line of the log to agree at
+                    self.group.wish("asked")
+                asked = bool(self.group.wished("asked")) or (logs and self.group.agree(self.asked))
+                if logs:
+                    self._compare(self.group)
             if plan.patience is not None and self.bad >= plan.patience:
                 self.stopped = "patience"
             elif self._signalled(caught):
@@ -543,7 +548,7 @@ class _Fit:
                 self._spent(step)
             elif last:
                 self.stopped = "finished"
-            elif self.asked:
+            elif asked:
                 self.stopped = "asked"
             if self.stopped is not None:
                 self._line({"event": "stop", "step": step, "reason": self.stopped}, kept=self.stopped != "signal")
@@ -575,16 +580,27 @@ class _Fit:
         return bool(self.group.wished("save"))
 
     def _compare(self, group: Group) -> None:
-        """All ranks must have the same weights. Unlike devices round differently: then those of rank 0 are taken."""
-        if not group.same(self.trainer.trained):
+        """All ranks must have the same weights. Unlike devices round differently, and some buffers follow each rank's own samples: then
+        those of rank 0 are taken.
+        """
+        model = self.trainer.model
+        weights, buffers = group.same(self.trainer.trained, list(model.buffers()))
+        if not weights:
             states = [optimizer.state_dict()["state"] for optimizer in self.trainer.optimizers.values()]
-            group.align([*self.trainer.model.state_dict().values(), *leaves(states)])
+            group.align(self.trainer.trained, weights=True)
+            group.align([*model.buffers(), *leaves(states)])
+        if not buffers:
+            group.align(list(model.buffers()))
+            if not self.apart:
+                text = "buffers of the model follow the samples that each rank has seen; at each line of the log all take those of rank 0"
+                self.emit({"event": "notice", "text": text})
+            self.apart = True
 
     def _settle(self, group: Group) -> bool:
         """Between two steps: ranks leave and join. Whether this one goes on."""
         if group.member.number in group.wished("leave"):
             return False
-        if (group.wished("leave") or group.wished("join")) and group.regroup() and group.rank == 0:
+        if (group.wished("leave") or group.wished("join")) and self._regrouped(group) and group.rank == 0:
             progress = {**self._progress(), "best_weights": self.best_weights}
             group.hand_over(self.trainer.snapshot(self.prepared.schema.to_json(), progress), {"history": self.history})
         if group.size != self.members:
@@ -592,6 +608,12 @@ class _Fit:
             self.emit({"event": "notice", "text": f"ranks: {what}; {group.size} go on from step {self.trainer.position.step}"})
             self.members = group.size
         return True
+
+    def _regrouped(self, group: Group) -> bool:
+        """Meet anew between two steps; whether somebody joined. A checkpoint that is being written is finished by those who began it."""
+        if self.shards is not None:
+            self.shards.finish()
+        return group.regroup()
 
     def _told(self) -> None:
         """Notices of the steps, and of checkpoints that ranks have finished."""

@@ -31,7 +31,7 @@ from typing import IO, Any, Protocol
 from anyfit.errors import BusyError, InputError, StorageError
 from anyfit.values import canonical, parse, write_atomic, write_json
 
-__all__ = ["Folder", "Run", "Seen", "Writer", "committed", "environment", "read_record", "shard_path", "under_torchrun"]
+__all__ = ["Folder", "Run", "Seen", "Writer", "committed", "cores", "environment", "read_record", "shard_path", "under_torchrun"]
 
 FORMAT = 1
 GRACE_S = 60.0  # for a disk that hangs: a process does not end before its background job has
@@ -67,7 +67,7 @@ class Run:
 class Folder:
     """The folder of one run, held by one process at a time."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, ours: bool = False) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"run (={str(path)!r}) is a file; give a folder")
@@ -75,7 +75,7 @@ class Folder:
         exists = (path / "run.json").exists()
         if exists and not resume:
             raise InputError(f"run (={str(path)!r}) holds a run already; pass resume to go on with it, or give another folder")
-        if path.is_dir() and not exists and any(entry.name not in (".lock", "checkpoints") for entry in path.iterdir()):
+        if path.is_dir() and not exists and not ours and any(entry.name not in (".lock", "checkpoints") for entry in path.iterdir()):
             raise InputError(f"run (={str(path)!r}) is a folder with other files; give an empty or a new one")
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -233,12 +233,12 @@ class Seen(Folder):
         lock = self.path / ".lock"
         return lock.is_file() and lock.read_text(encoding="ascii", errors="replace") == sign
 
-    def taken_over(self, lines: Sequence[Mapping[str, Any]], wait_s: float = 30.0) -> Folder:
+    def taken_over(self, lines: Sequence[Mapping[str, Any]], wait_s: float) -> Folder:
         """Write in place of the process that is gone, from its last line on."""
         waits = time.monotonic() + wait_s
         while True:
             try:
-                folder = Folder(self.path, resume=True)
+                folder = Folder(self.path, resume=True, ours=True)
                 break
             except BusyError:  # its last breath
                 if time.monotonic() > waits:
@@ -337,6 +337,11 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions and hardware, for the record."""
     versions = {"python": platform.python_version()}
@@ -344,8 +349,7 @@ def environment(device: str) -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"versions": versions, "hardware": {"cpu": _processor(), "cores": cores, "memory_bytes": memory, "device": device}}
+    return {"versions": versions, "hardware": {"cpu": _processor(), "cores": cores(), "memory_bytes": memory, "device": device}}
 
 
 def _processor() -> str:

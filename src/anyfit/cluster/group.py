@@ -7,6 +7,7 @@ losses, times and wishes of all. Whoever completed the tail takes the optimizer 
 from __future__ import annotations
 
 import base64
+import ctypes
 import json
 import os
 import struct
@@ -23,12 +24,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from anyfit.cluster.balance import Balancer, memory_cap
+from anyfit.cluster.buckets import Buckets
 from anyfit.cluster.launcher import Cluster
 from anyfit.cluster.meeting import Generation, Member, address_towards
 from anyfit.cluster.statistics import leave, synchronise
 from anyfit.data import Share
 from anyfit.engine import Local
-from anyfit.errors import InputError, Lost, RunError, TaskError
+from anyfit.errors import InputError, Lost, RunError
 from anyfit.machine import wait_for
 from anyfit.state import Position, State
 from anyfit.tree import pack, unpack
@@ -37,23 +39,13 @@ __all__ = ["Group"]
 
 dist: Any = torch.distributed  # of whose groups its annotations say little
 
-FIRST_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # the first bucket is small, so that sums begin early
 HEADER = ("count", "loss", "seconds", "units", "wait", "flags", "cap")
-FLAGS = {"stop": 1, "leave": 2, "join": 4, "save": 8, "names": 16}
+FLAGS = {"stop": 1, "leave": 2, "join": 4, "save": 8, "names": 16, "asked": 32}
 FORM_S = 10.0
+LOOK = timedelta(milliseconds=50)  # how long a wait lasts before it looks whether somebody is gone
+POLL_S = 2e-4
 ALIKE = 1e-5  # relative difference of weights that rounding on unlike devices may bring about
 MESSAGE_TAG = 7
-
-
-@dataclass
-class Bucket:
-    """Gradients that are summed together: one flat tensor, and each parameter's part of it."""
-
-    parameters: list[nn.Parameter]
-    flat: Tensor
-    views: list[Tensor]
-    missing: int = 0  # gradients that the last backward has not given yet
-    work: Any = None
 
 
 @dataclass
@@ -96,24 +88,19 @@ class Group:
         self.rows = 0  # at most at once, of the step at hand
         self._peaks: list[tuple[int, int]] = []
         self._last: Sequence[bytes] = ()  # what was heard in the last exchange: some may need it from this rank
-        self._left: list[Any] = []  # groups that cannot be closed yet
-        self._hooks: list[Any] = []
         self.backend = ("nccl" if self.device.type == "cuda" else "gloo") if self.cluster.backend == "auto" else self.cluster.backend
         if self.backend == "nccl" and self.device.type != "cuda":
             raise InputError(f"backend (='nccl') adds on GPUs, and this rank computes on {self.device}; take backend='gloo' for all")
         self._group: Any = None  # what is small, in the host's memory
         self._sums: Any = None  # gradients
         self._side: Any = None  # batch statistics, in the middle of a step
+        self.buckets = Buckets(self._add, self._wait, on_device=self.backend == "nccl")
         self._greeted = 0
         self._wishes: set[str] = set()
         self._tellers: list[Any] = []  # the members of `told`
+        self._hosts: dict[Any, str] = {}  # and where they are
         self._names: list[str] = []
-        self._plans: dict[tuple[int, ...], list[Bucket]] = {}
-        self._armed: list[Bucket] = []
-        self._launched = 0
-        self._broken: RuntimeError | None = None
         self._began = self._waited = 0.0
-        self._places: dict[int, Bucket] = {}
 
     # ------------------------------------------------------------------ who belongs together
 
@@ -185,15 +172,20 @@ class Group:
 
     def _shut(self) -> None:
         """Let go of the connections: whoever waits for this rank hears of it."""
-        self._armed, self._broken = [], None
-        for buckets in self._plans.values():
-            for bucket in buckets:
-                bucket.work = None
+        if not self.buckets.stop():
+            self._abandon()
         for group in (self._sums, self._side) if self.backend == "nccl" else ():
             if group is not None:
                 with suppress(RuntimeError):
                     group.abort()  # its kernels would wait for ever
         self._group = self._sums = self._side = None
+
+    def _abandon(self) -> None:
+        """Leave connections that sit in a call which only its own timeout ends: to close them would wait for it, at the end of the process too."""
+        for group in (self._group, self._sums, self._side):
+            if group is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self.buckets.abandon()
 
     def _recover(self, *, boundary: bool = False, calm: bool = False) -> Sequence[str] | None:
         """Meet the others again. The result of the last exchange of a step, where another had completed it and this rank had not."""
@@ -234,6 +226,7 @@ class Group:
                         self.balance.cap(number, item["cap"])
                 self._names = heard[0]["names"]
                 self._greeted = generation.number
+                self.member.newcomer = False  # one of them from now on
 
     def short_of_memory(self) -> None:
         """So many rows at once were too many here: from now on half of them, in more passes; the same step is tried again."""
@@ -250,6 +243,7 @@ class Group:
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """What every rank has to say, of one length; numbered, so that all know of it or all try again (Lost)."""
+        inside = self._inside
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         heard = [torch.empty_like(mine) for _ in range(self.size)]
         if self.size == 1:
@@ -265,33 +259,46 @@ class Group:
                 if result is None:
                     raise Lost(f"a rank was lost; the same step is tried again ({_line(error)})") from error
                 parts = [base64.b64decode(part) for part in result]
-        if not self._inside:
+                self._inside = inside  # the step goes on
+        if not inside:
             self.serial += 1
         self._last = parts
         return parts
 
     def gather(self, value: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What every rank has to say, as JSON."""
-        text = json.dumps(value, allow_nan=False).encode()
+        text = json.dumps(pack(value, {}), allow_nan=False).encode()  # numbers that are none have a spelling there
         length = len(text)
         if self.size > 1:
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             self._collective(lambda: self._group.allgather([lengths], [torch.tensor([len(text)])]))
             length = max(int(item) for item in lengths)
-        return [json.loads(part) for part in self.exchange(text.ljust(length))]
+        return [unpack(json.loads(part), {}) for part in self.exchange(text.ljust(length))]
+
+    def _add(self, flat: Tensor) -> Any:
+        if self._sums is None:
+            raise RuntimeError("not connected")
+        return self._sums.allreduce([flat])
 
     def _wait(self, work: Any) -> None:
         """Until a collective is over; not for those who will never answer."""
-        began = time.perf_counter()
         try:
-            while not work.is_completed():
+            while True:
                 if self.member.broken >= self.generation.number or not self.member.dead.isdisjoint(self.generation.members):
-                    self._left += [self._group, self._sums, self._side]  # they sit in a call that only their own timeout ends
-                    self._plans, self._places = {}, {}  # and may write into its tensors when the network comes back
-                    self.member.stuck = True
+                    self._abandon()
                     raise RuntimeError("a rank is gone, or gives no sign of life")
-                time.sleep(2e-5 if time.perf_counter() - began < 0.002 else 2e-4)
-            work.wait()
+                if self.backend == "nccl":  # whose wait does not wait
+                    if work.is_completed():
+                        work.wait()
+                        return
+                    time.sleep(POLL_S)
+                    continue
+                try:
+                    work.wait(LOOK)  # which leaves the work as it is when the time is over
+                    return
+                except RuntimeError:
+                    if work.is_completed():
+                        raise
         finally:
             # the traceback of an error would keep its connections open, and ranks that are no neighbours of the lost one would wait for this one
             del work
@@ -310,7 +317,7 @@ class Group:
         thread.start()
         while thread.is_alive():
             if not self.member.dead.isdisjoint(self.generation.members):
-                self.member.stuck = True
+                self._abandon()
                 raise RuntimeError("a rank is gone, or gives no sign of life")
             thread.join(0.05)
         if errors:
@@ -375,8 +382,7 @@ class Group:
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Take part in the steps of a model: watch its gradients, share its batch statistics."""
         self.synced = synchronise(model, self)
-        for parameter in parameters:
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))  # type: ignore[no-untyped-call]
+        self.buckets.watch(parameters)
 
     def gathered(self, vector: Tensor) -> Tensor:
         """(ranks, numbers) of all ranks' vectors, in the middle of a step."""
@@ -396,9 +402,7 @@ class Group:
     def detach(self, model: nn.Module) -> None:
         """Leave the model as it was."""
         leave(model)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._plans, self._places = [], {}, {}
+        self.buckets.forget()
 
     def share(self, position: Position, units: int) -> Share:
         """The part of a step's `units` that this rank takes."""
@@ -425,66 +429,7 @@ class Group:
     def last(self, parameters: Sequence[nn.Parameter]) -> None:
         """The next backward is the last of this step: sums may begin while it runs."""
         if self.size > 1:
-            self._armed, self._launched = self._buckets(parameters), 0
-            for bucket in self._armed:
-                bucket.missing = len(bucket.parameters)
-                bucket.work = None
-
-    def _buckets(self, parameters: Sequence[nn.Parameter]) -> list[Bucket]:
-        """Parameters in the order in which their gradients come, which is about the reverse of theirs."""
-        key = tuple(id(parameter) for parameter in parameters)
-        if key not in self._plans:
-            groups: list[list[nn.Parameter]] = []
-            room = 0
-            for parameter in reversed(parameters):
-                size = parameter.numel() * parameter.element_size()
-                kind = (parameter.dtype, parameter.device)
-                if not groups or size > room or (groups[-1][0].dtype, groups[-1][0].device) != kind:
-                    groups.append([])
-                    room = FIRST_BYTES if len(groups) == 1 else BUCKET_BYTES
-                groups[-1].append(parameter)
-                room -= size
-            self._plans[key] = [self._bucket(group) for group in groups]
-        buckets = self._plans[key]
-        self._places = {id(parameter): bucket for bucket in buckets for parameter in bucket.parameters}
-        return buckets
-
-    def _bucket(self, parameters: list[nn.Parameter]) -> Bucket:
-        # sums of half precision are made in float32; gloo sums in the memory of the host
-        kind = torch.promote_types(parameters[0].dtype, torch.float32)
-        device = parameters[0].device if self.backend == "nccl" else None
-        flat = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=kind, device=device)
-        views = [
-            torch.as_strided(part, parameter.shape, parameter.stride()) if _dense(parameter) else part.view(parameter.shape)
-            for part, parameter in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)  # type: ignore[no-untyped-call]
-        ]
-        return Bucket(parameters, flat, views)
-
-    def _arrived(self, parameter: nn.Parameter) -> None:
-        """A gradient is final: start the sums of full buckets, in the order that all ranks keep."""
-        if not self._armed or (bucket := self._places.get(id(parameter))) is None:
-            return
-        bucket.missing -= 1
-        while self._launched < len(self._armed) and self._armed[self._launched].missing == 0:
-            self._launch()
-
-    def _launch(self) -> None:
-        bucket = self._armed[self._launched]
-        self._launched += 1
-        for view, parameter in zip(bucket.views, bucket.parameters, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.is_sparse:
-                raise TaskError("a gradient is sparse, and ranks add dense ones; build the embedding with sparse=False")
-            else:
-                view.copy_(parameter.grad)
-        if self._broken is None:
-            try:
-                if self._sums is None:
-                    raise RuntimeError("not connected")
-                bucket.work = self._sums.allreduce([bucket.flat])
-            except RuntimeError as error:  # inside of backward: told when it is over
-                self._broken = error
+            self.buckets.arm(parameters)
 
     def reduce(self, parameters: Sequence[nn.Parameter], local: Local) -> Local:
         """Add gradients, counts, losses over all ranks. A parameter that no rank used has no gradient afterwards."""
@@ -492,26 +437,14 @@ class Group:
         ended = time.perf_counter()
         used = [parameter.grad is not None for parameter in parameters]
         if self.size > 1:
-            if not self._armed:
-                self.last(parameters)
-            while self._launched < len(self._armed):
-                self._launch()
             try:
-                if self._broken is not None:
-                    raise self._broken
-                for bucket in self._armed:
-                    self._wait(bucket.work)
+                self.buckets.finish(parameters)
             except RuntimeError as error:
                 self._recover()
                 raise Lost(f"a rank was lost; the same step is tried again ({_line(error)})") from error
-        buckets, self._armed = self._armed, []
+        buckets = self.buckets.taken()
         total, anywhere = self._tail(local, used, ended - self._began)
-        place = {id(parameter): used for parameter, used in zip(parameters, anywhere, strict=True)}
-        for bucket in buckets:
-            for view, parameter in zip(bucket.views, bucket.parameters, strict=True):
-                parameter.grad = None
-                if place[id(parameter)]:
-                    parameter.grad = view if view.dtype == parameter.dtype and view.device == parameter.device else view.to(parameter)
+        self.buckets.give(buckets, {id(parameter): use for parameter, use in zip(parameters, anywhere, strict=True)})
         self._learn_memory()
         self._waited = time.perf_counter() - ended
         self._began = time.perf_counter()
@@ -543,6 +476,8 @@ class Group:
         rows = [struct.unpack_from(f"<{len(numbers)}d", part) for part in parts]
         self.told = [Told(row[0], row[1], row[2], int(row[3]), row[4], int(row[5]), int(row[6])) for row in rows]
         self._tellers = list(self.balance.seats)
+        hosts = dict(zip(self.generation.members, self.generation.hosts, strict=True))
+        self._hosts = {number: hosts.get(number) or self._hosts.get(number, "") for number in self._tellers}
         self._wishes.clear()
         anyone = 0
         for part in parts:
@@ -573,41 +508,48 @@ class Group:
 
     # ------------------------------------------------------------------ state
 
-    def same(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether all ranks have the same weights to the bit; raises where they are further apart than rounding explains."""
+    def same(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> tuple[bool, bool]:
+        """Whether all ranks have the same weights, and the same buffers, to the bit; raises where weights are further apart than rounding
+        explains.
+        """
         if self.size == 1:
-            return True
-        weights = [parameter.detach() for parameter in parameters]
-        mark = {"bits": sum(_bits(weight) for weight in weights) % (1 << 63), "norm": [float(weight.double().norm()) for weight in weights]}
-        heard = self.every(lambda: mark)
+            return True, True
+        norms = [float(weight.detach().double().norm()).hex() for weight in parameters]
+        marks = [sum(map(_bits, tensors)) % (1 << 63) for tensors in (parameters, buffers)]
+        heard = self.every(lambda: {"marks": marks, "norms": norms})
         for rank, other in enumerate(heard[1:], 1):
-            far = max(
-                abs(a - b) / max(abs(a), abs(b), 1e-30) if a != b else 0.0 for a, b in zip(heard[0]["norm"], other["norm"], strict=True)
-            )
-            if not far < ALIKE:
-                raise RunError(
-                    f"the weights of rank {rank} ({self.generation.hosts[rank]}) are not those of rank 0 (norms differ by {far:.1e}); weights may "
-                    "change only by the optimizer, from trainer.apply(): look for code that changes them elsewhere or draws differently by rank"
-                )
-        return len({item["bits"] for item in heard}) == 1
+            for weight, *pair in zip(parameters, heard[0]["norms"], other["norms"], strict=True):
+                if not _apart(*pair) < _alike(weight):
+                    raise _gone_apart(f"of rank {rank} ({self.generation.hosts[rank]})", _apart(*pair))
+        weights, others = (len({item["marks"][place] for item in heard}) == 1 for place in (0, 1))
+        return weights, others
 
-    def align(self, tensors: Sequence[Tensor]) -> None:
-        """Give all ranks the tensors of rank 0, from which theirs differ by rounding."""
+    def align(self, tensors: Sequence[Tensor], *, weights: bool = False) -> None:
+        """Give all ranks the tensors of rank 0. Weights may differ from theirs by rounding only."""
         while self.size > 1:
             with suppress(Lost), torch.no_grad():
                 for tensor in tensors:
-                    flat = tensor.detach().cpu().contiguous().reshape(-1)
+                    flat = tensor.detach().cpu().contiguous().reshape(-1).clone()
                     self._collective(lambda flat=flat: self._group.broadcast([flat]))  # type: ignore[misc]
-                    tensor.copy_(flat.reshape(tensor.shape))
+                    theirs = flat.reshape(tensor.shape)
+                    if weights and tensor.numel():
+                        mine = tensor.detach().cpu()
+                        far = float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+                        if not far < _alike(tensor):
+                            raise _gone_apart("of this rank", far)
+                    tensor.copy_(theirs)
                 self.gather({})
                 return
 
     def report(self) -> dict[str, Any]:
         """Speed, share and waiting of each rank in the last step, and how near that is to what these ranks can reach."""
         known = self.balance.report()
+        told = dict(zip(self._tellers, self.told, strict=True))
         ranks = [
-            {"rank": rank, "host": host, **about, "seconds": told.seconds, "waited": told.wait, "units": told.units}
-            for rank, (host, about, told) in enumerate(zip(self.generation.hosts, known["members"], self.told, strict=False))
+            {"rank": rank, "host": self._hosts[about["member"]], **about}
+            | {"seconds": told[about["member"]].seconds, "waited": told[about["member"]].wait, "units": told[about["member"]].units}
+            for rank, about in enumerate(known["members"])
+            if about["member"] in told
         ]
         return {**{name: value for name, value in known.items() if name != "members"}, "ranks": ranks}
 
@@ -619,6 +561,8 @@ class Group:
 
     def hand_over(self, state: State, more: Mapping[str, Any]) -> None:
         """From rank 0: all that those who joined need."""
+        if self._group is None:  # somebody was lost as they met: the next exchange finds out
+            return
         tensors: dict[str, Tensor] = {}
         parts = pack({name: getattr(state, name) for name in PARTS}, tensors)
         kinds = [[name, _kind(tensor), list(tensor.shape)] for name, tensor in tensors.items()]
@@ -645,21 +589,35 @@ class Group:
                 tensors[name] = tensor
         except (RuntimeError, AttributeError) as error:
             raise RunError(f"the rank that was handing over its state is gone ({_line(error)}); join again") from error
-        self.member.newcomer = False
         self.handed = State(**unpack(told["parts"], tensors), position=Position(*told["position"])), told["more"]
 
 
 PARTS = tuple(part.name for part in fields(State) if part.name != "position")
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether its memory has no holes, in whatever order its dimensions lie."""
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+def _alike(weight: Tensor) -> float:
+    """How far apart rounding on unlike devices may bring weights between two looks."""
+    return max(ALIKE, 4 * torch.finfo(weight.dtype).eps)
+
+
+def _gone_apart(whose: str, far: float) -> RunError:
+    return RunError(
+        f"the weights {whose} are not those of rank 0 (they differ by {far:.1e}); weights may change only by the optimizer, from trainer.apply(): "
+        "look for code that changes them elsewhere or draws differently by rank"
+    )
+
+
+def _apart(one: str, other: str) -> float:
+    """The relative difference of two numbers (hexadecimal); two that are no numbers are alike."""
+    if one == other:
+        return 0.0
+    a, b = float.fromhex(one), float.fromhex(other)
+    return abs(a - b) / max(abs(a), abs(b))
 
 
 def _bits(tensor: Tensor) -> int:
     """A sum over the memory's words, which any flipped bit changes."""
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.detach().contiguous().reshape(-1)
     size = flat.element_size()
     words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(size, torch.int64))
     return int(words.sum(dtype=torch.int64))

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from anyfit.cluster.meeting import INBOX, Coordinator, connect, raised
 from anyfit.errors import InputError, RunError
+from anyfit.run import cores
 from anyfit.values import canonical, digest, parse, write_json
 
 __all__ = ["ENVIRONMENT", "OUTCOME", "Cluster", "launch"]
@@ -59,6 +60,9 @@ class Cluster:
                 raise InputError(f"{name} (={getattr(self, name)}) must be above 0 seconds")
         if self.shares not in ("measured", "equal") and not re.fullmatch(r"\d+(\.\d+)?(:\d+(\.\d+)?)+", self.shares):
             raise InputError(f"shares (={self.shares!r}) must be 'measured', 'equal' or relative speeds of all ranks, such as 5:1")
+        speeds = self.shares.count(":") + 1
+        if ":" in self.shares and self.nnodes == 1 < self.nproc != speeds:
+            raise InputError(f"shares (={self.shares!r}) names {speeds} speeds for nproc (={self.nproc}) ranks; give one for each")
         if self.backend not in ("auto", "gloo", "nccl"):
             raise InputError(f"backend (={self.backend!r}) must be auto (nccl on GPUs, else gloo), gloo or nccl")
         if self.restarts < 0:
@@ -100,12 +104,13 @@ class _Launcher:
         """Open the store here, or reach the one of the first node."""
         cluster = self.cluster
         host, port = _address(cluster.rdzv, cluster.wait_s) if cluster.rdzv is not None else ("127.0.0.1", 0)
+        inner = cluster.rdzv is None
         if cluster.rdzv is not None and cluster.rdzv.startswith("file://") and port == 0:
             self.meeting = Path(cluster.rdzv.removeprefix("file://"))
         serves = port == 0 or _is_here(host)
         if serves:
             try:
-                self.store, port = connect(host, port, serve=True, wait_s=cluster.wait_s)
+                self.store, port = connect(host, port, serve=True, wait_s=cluster.wait_s, inner=inner)
             except InputError:
                 if cluster.nnodes == 1:
                     raise
@@ -123,8 +128,10 @@ class _Launcher:
             theirs = parse(self.store.get("job"), "the job at the rendezvous")
             if theirs["job"] != self.job:
                 raise InputError(
-                    f"rdzv (={cluster.rdzv}): another job (task, data or run differ) meets there; give each job a port of its own"
+                    f"rdzv (={cluster.rdzv}): another job (of another task, run or plan) meets there; give each job a port of its own"
                 )
+            if theirs["nnodes"] != cluster.nnodes:
+                raise InputError(f"nnodes (={cluster.nnodes}) is {theirs['nnodes']} at the first node; give all the same")
             self.node = int(self.store.add("nodes", 1)) - 1
         self._tell(kind="node", node=self.node, host=socket.gethostname(), ranks=cluster.nproc)
 
@@ -148,7 +155,8 @@ class _Launcher:
             "channel": theirs.fileno(),
         }
         environment = {**os.environ, ENVIRONMENT: json.dumps(where), "LOCAL_RANK": str(local)}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.cluster.nproc)))
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what is wrong is said by anyfit
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.cluster.nproc)))
         process = subprocess.Popen(
             [sys.executable, "-m", "anyfit", "rank", str(self.call)],
             env=environment,

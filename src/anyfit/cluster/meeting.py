@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed
@@ -65,20 +67,36 @@ class Generation:
         return cls(**{**value, **lists, "places": tuple(Place(*place) for place in value["places"])})
 
 
-def connect(host: str, port: int, *, serve: bool, wait_s: float, job: str = "") -> tuple[Store, int]:
-    """The store at an address, served from here or elsewhere, and its port."""
-    try:
-        store = dist.TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timedelta(seconds=wait_s))
-    except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
+def connect(host: str, port: int, *, serve: bool, wait_s: float, job: str = "", inner: bool = False) -> tuple[Store, int]:
+    """The store at an address, served from here or elsewhere, and its port. `inner`: it is for processes of this machine alone."""
+    options: dict[str, Any] = {}
+    if inner:  # torch would listen on all networks
+        door = socket.create_server((host, port))
+        port = door.getsockname()[1]
+        options["master_listen_fd"] = door.detach()
+    made: list[Any] = []
+
+    def make() -> None:
+        try:
+            made.append(dist.TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timedelta(seconds=wait_s), **options))
+        except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
+            made.append(error)
+
+    # apart: where something else listens, torch waits for its answer without end
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(2 * wait_s + 5.0)
+    found = made[0] if made else None
+    if found is None or isinstance(found, Exception):
         if serve:
-            raise InputError(
-                f"rdzv (={host}:{port}) cannot be opened here: {_short(error)}; another job may hold the port; take another"
-            ) from error
-        raise RunError(
-            f"rdzv (={host}:{port}): nobody answered there for {wait_s:.0f} s; start the job on that host, and check its name, its port and the "
-            "firewall between"
-        ) from error
-    return dist.PrefixStore(f"anyfit/{job}", store), store.port
+            raise InputError(f"rdzv (={host}:{port}) cannot be opened here: {_short(found)}; another job may hold the port; take another")
+        what = (
+            f"nobody answered there for {wait_s:.0f} s"
+            if found
+            else f"what listens there gave no answer for {wait_s:.0f} s, so it is no job"
+        )
+        raise RunError(f"rdzv (={host}:{port}): {what}; start the job on that host, and check its name, its port and the firewall between")
+    return dist.PrefixStore(f"anyfit/{job}", found), found.port
 
 
 def address_towards(host: str) -> str:
@@ -100,7 +118,7 @@ def raised(verdict: Mapping[str, Any]) -> AnyfitError:
     return error
 
 
-def _short(error: BaseException) -> str:
+def _short(error: BaseException | None) -> str:
     return str(error).split("\n", 1)[0][:300]
 
 
@@ -248,7 +266,9 @@ class Coordinator:
         expected = self.ranks if self.ranks is not None else sum(ranks for _, ranks in here.values())
         complete = len(first) == expected and (self.ranks is not None or len(here) == self.expected)
         if lost:
-            self.end(RunError(f"{_name(lost[0])} ended before training began; see its own message"))
+            silent = time.monotonic() - lost[0].seen > self.timeout_s
+            what = f"gave no sign of life for {self.timeout_s:.0f} s (--rank-timeout)" if silent else "ended"
+            self.end(RunError(f"{_name(lost[0])} {what} before training began; see its own message"))
         elif not complete:
             if now - self.started > self.wait_s:
                 self.end(RunError(self._missing(here, first)))
@@ -370,12 +390,12 @@ class Member:
     timeout_s: float = 30.0
     coordinator: Coordinator | None = None  # where it lives in this process
     parent: int | None = None  # the process without which this one must not go on
+    folder: Path | None = None  # what that process would have removed
     number: int = -1
     generation: int = 0
     stop: int = 0  # the signal by which the whole job is to end
     wanted: int = 0  # the generation in which somebody wants to join
     broken: int = 0  # the generation that some have left after a failure
-    stuck: bool = False  # in a call of the network that nothing ends: neither does the process by itself
     newcomer: bool = False  # what goes wrong here is no matter of the others
     dead: frozenset[int] = frozenset()  # members that gave no sign of life for too long
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -463,6 +483,8 @@ class Member:
         """End a rank that can neither go on nor find out: its launcher or its store is gone while it sits in a collective."""
         while not self._ended.wait(BEAT_S):
             if self.parent is not None and os.getppid() != self.parent:
+                if self.folder is not None:  # of the call, which may hold a copy of rows
+                    shutil.rmtree(self.folder, ignore_errors=True)
                 os._exit(1)
             if time.monotonic() - self._heard > 3 * self.timeout_s:
                 sys.stderr.write("error: the store of this job cannot be reached any more; its host is gone or cut off\n")

@@ -26,6 +26,7 @@ class Shards:
 
     def save(self, folder: Folder, state: State, better: bool, *, writes: bool) -> None:
         """Begin to write a part of `state`; `writes`: this rank makes it whole. Where a rank is lost meanwhile, nobody does."""
+        self.finish()  # what is being written knows of another best
         group = self.group
         step, rank, size, number = state.position.step, group.rank, group.size, group.generation.number
         path, key = folder.checkpoint_path(step, sharded=True), f"checkpoint/{number}/{step}"
@@ -38,6 +39,7 @@ class Shards:
             if not writes:
                 if self._await([f"{key}/whole"], number):
                     self._best = None
+                    self.written.append(step)
                 return
             parts = [f"{key}/{other}" for other in range(size)]
             if not self._await(parts, number):
@@ -70,7 +72,7 @@ class Shards:
             state = make()
             self.save(place, state, better, writes=writes)
             self.finish()
-            if all(self.group.every(lambda: not writes or state.position.step in self.written)):  # noqa: B023 - called here
+            if any(self.group.every(lambda: state.position.step in self.written)):  # noqa: B023 - called here
                 return
 
     def finish(self) -> None:

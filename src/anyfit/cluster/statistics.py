@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from anyfit.errors import TaskError
+
 __all__ = ["Summing", "leave", "synchronise"]
 
 
@@ -95,10 +97,18 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 def synchronise(model: nn.Module, group: Summing) -> int:
     """Give the layers with batch statistics those of all ranks; how many there are."""
-    layers = [module for module in model.modules() if type(module) in KINDS]
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in KINDS:
+            raise TaskError(
+                f"module {name} (a {type(module).__name__}) keeps batch statistics in a way of its own, which ranks cannot share; use "
+                "torch.nn.BatchNorm, or a layer without them (GroupNorm)"
+            )
+        if type(module) in KINDS:
+            layers.append(module)
     for layer in layers:
         layer.__class__ = KINDS[type(layer)]
-        layer.summing = group  # type: ignore[assignment]
+        layer.summing = group
     return len(layers)
 
 
