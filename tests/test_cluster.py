@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from ranks import Dead, Death, Line, Rank, Ranks, alone, apart, built, current, fits, learn, made, note, seeded, until
+from ranks import Death, Line, Rank, Ranks, alone, apart, built, current, learn, made, note, until
 from torch import Tensor, nn
 
 import anyfit
@@ -17,11 +16,7 @@ from anyfit import Plan, Schema, Step, Task
 from anyfit.cluster import Balancer
 from anyfit.data import Ragged
 from anyfit.engine import Trainer
-from anyfit.errors import RunError, StorageError, TaskError
-from anyfit.fit import fit
-from anyfit.metrics import AUROC, F1, MAE, R2, RMSE, Accuracy, CalibrationError, Confusion, LogLoss
-from anyfit.run import Run, committed
-from anyfit.state import State
+from anyfit.errors import RunError, TaskError
 
 STEPS = 50
 EXACT = 1e-10
@@ -48,6 +43,15 @@ class Net(Task):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         note(batch["row"])
         return model(batch["x"])
+
+
+def some(*quick: Any, **axes: Any) -> pytest.MarkDecorator:
+    """All combinations; those that are not `quick` run with the slow tests."""
+    every = [case if len(axes) > 1 else case[0] for case in product(*axes.values())]
+    assert all(case in every for case in quick)
+    marked = [(case if len(axes) > 1 else (case,), () if case in quick else pytest.mark.slow) for case in every]
+    ids = ["-".join(type(part).__name__ if isinstance(part, Task) else str(part) for part in case) for case, _ in marked]
+    return pytest.mark.parametrize(tuple(axes), [pytest.param(*case, marks=mark) for case, mark in marked], ids=ids)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +111,7 @@ def each_row_once(together: Ranks, expected: dict[int, list[int]]) -> None:
         assert found == rows, step
 
 
-@pytest.mark.parametrize("shares", ["1", "1:1", "5:1", "1:1000000", "1000000:1", "3:2:1", "1:1:1:1:1"])
+@some("1", "1:1", "5:1", "1:1000000", "3:2:1", shares=["1", "1:1", "5:1", "1:1000000", "1000000:1", "3:2:1", "1:1:1:1:1"])
 def test_ranks_of_any_shares_take_the_steps_of_one(shares: str) -> None:
     count = shares.count(":") + 1
     together = exactly(Net(), points(), ranks=count, shares="equal" if shares in ("1", "1:1") else shares)
@@ -152,8 +156,7 @@ def sentences() -> dict[str, Tensor]:
     return {"x": x, "row": torch.arange(70), "target": y}
 
 
-@pytest.mark.parametrize("shares", ["1:1", "5:1", "23:1"])
-@pytest.mark.parametrize("accumulate", [1, 4])
+@some(("5:1", 1), ("23:1", 4), shares=["1:1", "5:1", "23:1"], accumulate=[1, 4])
 def test_counts_are_those_of_the_labels(shares: str, accumulate: int) -> None:
     plan = PLAN.updated(batch_size=24 // accumulate, accumulate=accumulate)
     together = exactly(Net(), sentences(), plan, shares=shares, deaths=[Death(1, 30, "tail")])
@@ -175,7 +178,7 @@ def test_a_mean_of_means_fails(data: Any) -> None:
             assert (apart(trainer, one) > 1e-4) is far and (apart(trainer, one) > EXACT) is far
 
 
-@pytest.mark.parametrize("adamw", [False, True])
+@some(False, True, adamw=[False, True])
 def test_a_step_in_which_no_label_counts_is_that_of_one_process(adamw: bool) -> None:
     """Momentum and weight decay move the weights, or they do not; how the step is cut must not decide."""
     data, plan = points(), PLAN.updated(batch_size=7)
@@ -202,18 +205,19 @@ def texts(rows: int = 70) -> dict[str, Any]:
     return {"ids": ids, "row": torch.arange(rows), "target": points(rows)["target"]}
 
 
-@pytest.mark.parametrize("shares", ["1:1", "5:1", "1:100000", "3:2:1"])
-@pytest.mark.parametrize("more", [{}, {"bucket": True}, {"max_tokens": 60, "accumulate": 3}], ids=["rows", "bucket", "max_tokens"])
-def test_texts_of_all_lengths_are_shared_by_their_words(shares: str, more: dict[str, Any]) -> None:
-    plan = PLAN.updated(**more)
+PACKED = {"rows": {}, "bucket": {"bucket": True}, "max_tokens": {"max_tokens": 60, "accumulate": 3}}
+
+
+@some(("5:1", "rows"), ("1:100000", "bucket"), ("3:2:1", "max_tokens"), shares=["1:1", "5:1", "1:100000", "3:2:1"], packed=PACKED)
+def test_texts_of_all_lengths_are_shared_by_their_words(shares: str, packed: str) -> None:
+    plan = PLAN.updated(**PACKED[packed])
     together = exactly(Words(lr=0.3), texts(), plan, ranks=shares.count(":") + 1, shares=shares)
     each_row_once(together, rows_of(Words(lr=0.3), texts(), plan, STEPS))
     words = {sum(shares) for shares in together.all[0].shares}
     assert max(words) > 70, "a unit is a word"
 
 
-@pytest.mark.parametrize("shares", ["1:1", "5:1", "1:1000000"])
-@pytest.mark.parametrize("clip", [None, 0.05])
+@some(("1:1", None), ("5:1", 0.05), shares=["1:1", "5:1", "1:1000000"], clip=[None, 0.05])
 def test_accumulation_and_clipping_come_before_and_after_the_division(shares: str, clip: float | None) -> None:
     """The norm that is clipped is that of the whole step's mean."""
     plan = PLAN.updated(batch_size=6, accumulate=4, clip=clip)
@@ -280,7 +284,7 @@ class Fork(Net):
         return model(batch["x"], batch["row"])
 
 
-@pytest.mark.parametrize("adamw", [False, True])
+@some(True, adamw=[False, True])
 def test_a_parameter_is_trained_in_the_steps_in_which_some_rank_uses_it(adamw: bool) -> None:
     """Where no rank does, it has no gradient, rather than one of zero that weight decay and momentum would act upon."""
     together = exactly(Fork(adamw=adamw), points(), ranks=3, deaths=[Death(2, 31, "backward")])
@@ -297,7 +301,7 @@ class Dropped(Net):
         return {**batch, "x": batch["x"] + 0.1 * uniform(4)}
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@some(4, accumulate=[1, 4])
 def test_dropout_and_augmentation_follow_the_sample(accumulate: int) -> None:
     plan = PLAN.updated(batch_size=24 // accumulate, accumulate=accumulate, exact_dropout=True)
     exactly(Dropped(), points(), plan, ranks=3, shares="5:1:1", deaths=[Death(1, 20, "sums")])
@@ -349,15 +353,19 @@ class Counter:
         self.count = state["count"]
 
 
-@pytest.mark.parametrize("task", [Passes(), Turns()], ids=lambda task: type(task).__name__)
-@pytest.mark.parametrize("shares", ["1:1:1", "5:1:1", "1:1:100000"])
+@some((Passes(), "5:1:1"), (Turns(), "1:1:100000"), task=[Passes(), Turns()], shares=["1:1:1", "5:1:1", "1:1:100000"])
 def test_an_own_loop_learns_the_same(task: Task, shares: str) -> None:
     plan = PLAN.updated(batch_size=12, accumulate=2)
     exactly(task, points(), plan, ranks=3, shares=shares)
 
 
-@pytest.mark.parametrize("task", [Passes(), Turns()], ids=lambda task: type(task).__name__)
-@pytest.mark.parametrize("where", ["backward", "sums", "tail", "sent", "commit", "next"])
+@some(
+    (Passes(), "backward"),
+    (Turns(), "tail"),
+    (Turns(), "commit"),
+    task=[Passes(), Turns()],
+    where=["backward", "sums", "tail", "sent", "commit", "next"],
+)
 def test_an_own_loop_is_tried_again_as_a_whole(task: Task, where: str) -> None:
     together = exactly(task, points(), ranks=3, shares="3:2:1", deaths=[Death(1, 21, where)], between=joins(30))
     assert [len(shares) for shares in together.all[0].shares][-1] == 3
@@ -365,8 +373,8 @@ def test_an_own_loop_is_tried_again_as_a_whole(task: Task, where: str) -> None:
         assert together.all[0].trainer.extras["turns"].count == STEPS == together.all[-1].trainer.extras["turns"].count
 
 
-@pytest.mark.parametrize("exchange", [1, 2])
-def test_ranks_of_which_one_is_an_exchange_behind_find_together(exchange: int) -> None:
+@some((Net(), 1), (Turns(), 1), (Weighted(), 2), task=[Net(), Passes(), Turns(), Weighted()], exchange=[1, 2])
+def test_ranks_of_which_one_is_an_exchange_behind_find_together(task: Task, exchange: int) -> None:
     """A connection that breaks for one rank just after the others had its part: nobody is lost, and one does not know what all others know."""
 
     def breaks(rank: Rank, step: int) -> None:
@@ -395,8 +403,7 @@ def test_ranks_of_which_one_is_an_exchange_behind_find_together(exchange: int) -
             plain = rank.group.exchange
             rank.group._wait, rank.group.exchange = broken, watched  # type: ignore[method-assign]
 
-    for task in (Net(), Passes(), Turns(), Weighted()):
-        exactly(task, points(), ranks=3, between=breaks)
+    exactly(task, points(), ranks=3, between=breaks)
 
 
 class Raw(Net):
@@ -453,20 +460,24 @@ def pictures() -> dict[str, Tensor]:
     return {"x": x + 3, "row": torch.arange(70), "target": points()["target"]}
 
 
-NORMED = [(Normed(), points()), (Normed(momentum=None), points()), (Pictures(), pictures())]
+NORMED: dict[str, tuple[Task, Any]] = {
+    "1d": (Normed(), points()),
+    "mean": (Normed(momentum=None), points()),
+    "2d": (Pictures(), pictures()),
+}
 
 
-@pytest.mark.parametrize("shares", ["1:1", "5:1", "1:1000000", "3:2:1", "1:1000000:1"])
-@pytest.mark.parametrize(("task", "data"), NORMED, ids=["1d", "mean", "2d"])
-def test_batch_statistics_are_those_of_the_whole_step(task: Task, data: Any, shares: str) -> None:
+@some(("1d", "5:1"), ("mean", "1:1000000"), ("2d", "3:2:1"), kind=NORMED, shares=["1:1", "5:1", "1:1000000", "3:2:1", "1:1000000:1"])
+def test_batch_statistics_are_those_of_the_whole_step(kind: str, shares: str) -> None:
     """Buffers too; and a rank without rows takes part and counts nothing."""
+    task, data = NORMED[kind]
     together = exactly(task, data, ranks=shares.count(":") + 1, shares=shares)
     each_row_once(together, rows_of(task, data, PLAN, STEPS))
     for rank in together.all:
         assert {type(layer).__name__ for layer in rank.trainer.model} & {"BatchNorm1d", "BatchNorm2d"}, "its own layers again"
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "tail", "commit"])
+@some("backward", where=["forward", "backward", "tail", "commit"])
 def test_batch_statistics_of_a_step_that_failed_are_taken_back(where: str) -> None:
     exactly(Normed(), points(), ranks=3, shares="3:1:1000000", deaths=[Death(1, 20, where)])
 
@@ -507,8 +518,7 @@ def full(gradient: Tensor) -> None:
     raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("holds", [(1000, 5), (3, 5), (1, 1)])
+@some(("forward", (1000, 5)), ("backward", (3, 5)), where=["forward", "backward"], holds=[(1000, 5), (3, 5), (1, 1)])
 def test_a_rank_that_runs_out_of_memory_takes_less_at_once_and_loses_no_step(where: str, holds: tuple[int, ...]) -> None:
     together = exactly(Heavy(where=where, holds=holds), points())
     assert together.all[0].shares == together.all[1].shares
@@ -526,8 +536,7 @@ def test_a_row_that_does_not_fit_alone_is_told() -> None:
 POINTS = ["forward", "backward", "sums", "tail", "sent", "commit", "next"]
 
 
-@pytest.mark.parametrize("where", POINTS)
-@pytest.mark.parametrize("rank", [0, 2])
+@some(*((where, 2 * (number % 2)) for number, where in enumerate(POINTS)), where=POINTS, rank=[0, 2])
 def test_a_rank_that_dies_inside_a_step_changes_nothing(where: str, rank: int) -> None:
     together = exactly(Net(), points(), ranks=3, shares="3:2:1", deaths=[Death(rank, 20, where)])
     if where in ("forward", "backward", "sums", "tail"):
@@ -538,7 +547,7 @@ def test_a_rank_that_dies_inside_a_step_changes_nothing(where: str, rank: int) -
         each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
 
 
-@pytest.mark.parametrize("where", POINTS)
+@some("sums", "commit", where=POINTS)
 def test_of_many_ranks_all_hear_of_a_death(where: str) -> None:
     """A ring of connections tells only the neighbours of the dead one."""
     exactly(Net(), points(), ranks=6, deaths=[Death(3, 20, where)])
@@ -550,7 +559,7 @@ def test_ranks_die_until_one_is_left() -> None:
     assert [len(shares) for shares in together.all[1].shares][::7] == [5, 3, 2, 2, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("where", ["forward", "sums", "tail", "next"])
+@some("sums", "tail", where=["forward", "sums", "tail", "next"])
 def test_a_rank_that_stops_without_a_word_counts_as_dead(where: str) -> None:
     """Its connections stay open, as those of a process that was stopped; later it wakes up and finds itself left behind."""
     together = Ranks(3, timeout_s=1.0)
@@ -580,8 +589,7 @@ def joins(at: int, count: int = 1) -> Any:
     return between
 
 
-@pytest.mark.parametrize("adamw", [False, True])
-@pytest.mark.parametrize("start", [1, 2])
+@some((1, True), (2, False), start=[1, 2], adamw=[False, True])
 def test_who_joins_takes_part_and_changes_nothing(start: int, adamw: bool) -> None:
     together = exactly(Net(adamw=adamw), points(), ranks=start, between=joins(10, 2))
     assert len(together.all) == start + 2 and [len(shares) for shares in together.all[0].shares][-1] == start + 2
@@ -593,276 +601,3 @@ def test_who_joins_takes_part_and_changes_nothing(start: int, adamw: bool) -> No
 def test_one_joins_after_another_has_died() -> None:
     together = exactly(Net(), points(), ranks=3, deaths=[Death(1, 5, "sums")], between=joins(10))
     assert [len(shares) for shares in together.all[0].shares][::9] == [3, 2, 3, 3, 3, 3]
-
-
-# ---------------------------------------------------------------------- whole fits
-
-
-class Whole(Net):
-    """For `fit`: a model from a seed of its own, all metrics, a schedule that watches the evaluation."""
-
-    extra: bool = False  # a metric that needs all outputs at once
-    own: bool = False  # an evaluation that nobody knows how to share
-
-    def build_model(self, schema: Schema) -> nn.Module:
-        return seeded(super().build_model(schema), 5)
-
-    def build_schedule(self, optimizer: Any, total_steps: int) -> anyfit.Schedule:
-        return anyfit.schedule.plateau(optimizer, patience=0, factor=0.5)
-
-    def metrics(self, schema: Schema) -> Any:
-        sums = {
-            "accuracy": Accuracy(),
-            "f1": F1(),
-            "log_loss": LogLoss(),
-            "auroc": AUROC(),
-            "confusion": Confusion(),
-            "ece": CalibrationError(),
-        }
-        return {**sums, "median": lambda outputs, targets: float(outputs.median())} if self.extra else sums
-
-
-class OwnEvaluation(Whole):
-    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, Any]:
-        return {**super().evaluate(model, batches), "rows": sum(len(batch["row"]) for batch in batches)}
-
-
-class Regression(Whole):
-    def build_model(self, schema: Schema) -> nn.Module:
-        return seeded(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)), 5)
-
-    def metrics(self, schema: Schema) -> Any:
-        return {"rmse": RMSE(), "mae": MAE(), "r2": R2()}
-
-
-GIVEN: dict[str, Any] = {
-    "validation": 0.2,
-    "test": 0.1,
-    "batch_size": 16,
-    "dtype": "float64",
-    "seed": 3,
-    "log_every": 4,
-    "evaluate_every": 5,
-}
-
-
-def unlike(ours: Any, theirs: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ, numbers by more than rounding."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = sorted(set(ours) | set(theirs))
-        return [found for name in names for found in unlike(ours.get(name), theirs.get(name), f"{where}/{name}")]
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [found for place, pair in enumerate(zip(ours, theirs, strict=True)) for found in unlike(*pair, f"{where}/{place}")]
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return [] if abs(ours - theirs) < 1e-9 else [f"{where}: {ours} {theirs}"]
-    return [] if ours == theirs else [f"{where}: {ours} {theirs}"]
-
-
-def told(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events without what only ranks tell."""
-    return [event for event in events if event["event"] not in ("ranks", "notice", "checkpoint")]
-
-
-def same_run(ours: Run, theirs: Run) -> None:
-    assert max(float((ours.state.model[name] - theirs.state.model[name]).abs().max()) for name in theirs.state.model) < EXACT
-    assert not unlike(ours.history, theirs.history)
-    timeless = [{name: value for name, value in run.result.items() if name not in ("seconds", "ranks")} for run in (ours, theirs)]
-    assert not unlike(*timeless)
-    assert ours.state.position == theirs.state.position and ours.state.progress["best"] is not None
-
-
-@pytest.mark.parametrize(
-    ("task", "data"),
-    [
-        (Whole(), points(150)),
-        (Whole(extra=True), points(150)),
-        (OwnEvaluation(), points(150)),
-        (Regression(lr=0.01), {**points(150), "target": points(150)["x"].sum(1)}),
-    ],
-    ids=["sums", "function", "own evaluation", "regression"],
-)
-@pytest.mark.parametrize("more", [{"best": True, "epochs": 5}, {"patience": 2, "epochs": 40}], ids=["best", "patience"])
-def test_a_fit_tells_the_same_and_stops_at_the_same_step(task: Task, data: Any, more: dict[str, Any]) -> None:
-    """Evaluation in parts, what is best, patience, a schedule that watches the evaluation, and all lines of the log."""
-    events: list[dict[str, Any]] = []
-    one = fit(task, data, on_event=events.append, **GIVEN, **more)
-    together = Ranks(3, shares="3:2:1")
-    runs = together.run(fits(task, data, **GIVEN, **more))
-    for run in runs:
-        same_run(run, one)
-    assert not unlike(told(together.all[0].events), told(events))
-    assert not together.all[1].events, "rank 0 alone tells"
-    assert len({line.get("lr") for line in one.history}) > 2, "the plateau was met"
-    if "patience" in more:
-        assert one.stopped == "patience"
-
-
-def dies(rank: int, when: dict[str, Any]) -> Any:
-    """Rank 0 dies as it tells of something."""
-
-    def on_event(here: Rank, event: dict[str, Any]) -> None:
-        if here.local == rank and all(event.get(name) == value for name, value in when.items()):
-            raise Dead
-
-    return on_event
-
-
-MOMENTS: list[dict[str, Any]] = [
-    {"event": "start"},
-    {"event": "step", "step": 8},
-    {"event": "evaluate", "step": 10},
-    {"event": "checkpoint"},
-    {"event": "ranks", "step": 12},
-    {"event": "evaluate", "split": "test"},
-]
-
-
-@pytest.mark.parametrize("when", MOMENTS, ids=str)
-def test_who_takes_over_from_rank_0_goes_on_with_its_log(when: dict[str, Any], tmp_path: Path) -> None:
-    """The next rank writes the run on, to the line."""
-    given = {**GIVEN, "best": True, "epochs": 4}
-    one = fit(Whole(), points(150), run=tmp_path / "one", **given)
-    together = Ranks(3)
-    runs = together.run(fits(Whole(), points(150), run=tmp_path / "ranks", on_event=dies(0, when), **given))
-    assert runs[0] is None
-    for run in runs[1:]:
-        same_run(run, one)
-    same_folder(tmp_path / "ranks", tmp_path / "one")
-
-
-def same_folder(ours: Path, theirs: Path) -> None:
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (ours, theirs)]
-    assert not unlike(*lines)
-    results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
-    assert not unlike(*({name: value for name, value in result.items() if name not in ("seconds", "ranks")} for result in results))
-    states = [State.load(last) for last in (committed(ours)[-1], committed(theirs)[-1])]
-    assert not unlike(*({name: tensor.tolist() for name, tensor in state.model.items()} for state in states))
-    best = [State.load(folder / "checkpoints" / "best.safetensors") for folder in (ours, theirs)]
-    assert best[0].position == best[1].position
-    assert not unlike(*({name: tensor.tolist() for name, tensor in state.model.items()} for state in best))
-    assert not [path for path in (ours / "checkpoints").iterdir() if path.name.startswith(".")], "nothing is left of what was not finished"
-
-
-@pytest.mark.parametrize("before", [1, 2, 3])
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_is_resumed_on_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
-    """Stopped in the middle of an epoch, and of what a log line tells of."""
-    given = {**GIVEN, "best": True, "epochs": 4}
-    one = fit(Whole(adamw=True), points(150), run=tmp_path / "one", **given)
-
-    def go(count: int, resume: bool, on_event: Any) -> Run:
-        options = {**given, "run": tmp_path / "ranks", "resume": resume}
-        if count == 1:
-            return fit(Whole(adamw=True), points(150), on_event=lambda event: on_event(None, event), **options)
-        return Ranks(count, shares=":".join("321"[:count])).run(fits(Whole(adamw=True), points(150), on_event=on_event, **options))[0]
-
-    stopped = go(before, False, lambda _, event: "stop" if event["event"] == "evaluate" and event["step"] == 10 else None)
-    assert stopped.stopped == "asked" and stopped.state.position.step == 10
-    resumed = go(after, True, lambda _, event: None)
-    assert max(float((resumed.state.model[name] - one.state.model[name]).abs().max()) for name in one.state.model) < EXACT
-    lines = [line for line in resumed.history if line["event"] != "stop"]
-    assert not unlike(lines, [line for line in one.history if line["event"] != "stop"])
-
-
-def test_a_rank_joins_a_fit_and_knows_its_best_and_its_log(tmp_path: Path) -> None:
-    given = {**GIVEN, "best": True, "epochs": 6}
-    one = fit(Whole(adamw=True), points(150), run=tmp_path / "one", **given)
-
-    def on_event(here: Rank, event: dict[str, Any]) -> None:
-        if here.local == 0 and event["event"] == "step" and event["step"] == 12:
-            joins(12)(here, 12)
-
-    together = Ranks(2)
-    runs = together.run(fits(Whole(adamw=True), points(150), run=tmp_path / "ranks", on_event=on_event, **given))
-    assert len(runs) == 3
-    for run in runs:
-        same_run(run, one)
-    same_folder(tmp_path / "ranks", tmp_path / "one")
-    notices = [event["text"] for event in together.all[0].events if event["event"] == "notice"]
-    assert "ranks: 1 joined; 3 go on from step 13" in notices
-
-
-def shard_writers(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """Do something at one rank while it writes its part of a checkpoint, from a thread beside."""
-    plain = State.save_shard
-
-    def save_shard(self: State, path: Path, rank: int, size: int, *more: Any) -> Any:
-        act(path, rank)
-        return plain(self, path, rank, size, *more)
-
-    monkeypatch.setattr(State, "save_shard", save_shard)
-
-
-@pytest.mark.parametrize("step", [14, 28])
-def test_a_rank_without_disk_ends_all_and_is_named(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, rank: int) -> None:
-        if rank == 1 and str(step) in path.name:
-            raise StorageError(f"cannot write {path}: No space left on device; free some space and resume")
-
-    shard_writers(monkeypatch, full)
-    given = {**GIVEN, "best": True, "epochs": 4}
-    errors = Ranks(3).run(fits(Whole(), points(150), run=tmp_path / "ranks", **given), raises=False)
-    for error in errors:
-        assert isinstance(error, StorageError) and "No space left on device" in str(error), errors
-    assert all("rank 1 of node 0" in str(errors[rank]) for rank in (0, 2))
-    before = len(committed(tmp_path / "ranks"))
-    assert before >= 1, "what was there is kept"
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["best", "last"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_as_it_writes_its_part_of_a_checkpoint(
-    rank: int, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither the best checkpoint is lost nor the last one, which is waited for."""
-    given = {**GIVEN, "best": True, "epochs": 4}
-    one = fit(Whole(), points(150), run=tmp_path / "one", **given)
-    assert one.result["best"]["step"] < 28 == one.result["steps"]
-    step, dead = 28 if last else one.result["best"]["step"], []
-
-    def kill(path: Path, number: int) -> None:
-        if number == rank and str(step) in path.name and not dead:
-            dead.append(number)
-            raise Dead
-
-    shard_writers(monkeypatch, kill)
-    runs = Ranks(3).run(fits(Whole(), points(150), run=tmp_path / "ranks", **given))
-    assert runs[rank] is None and dead
-    for run in (run for run in runs if run is not None):
-        same_run(run, one)
-    same_folder(tmp_path / "ranks", tmp_path / "one")
-
-
-class Falls(Whole):
-    """Its rank 1 dies in its second evaluation."""
-
-    def evaluate_step(self, model: nn.Module, batch: Any) -> Step:
-        rank = current()
-        if rank is not None and rank.local == 1:
-            rank.pending.append(-1)
-            if rank.pending.count(-1) == 3:
-                raise Dead
-        return super().evaluate_step(model, batch)
-
-
-def test_a_rank_that_dies_in_an_evaluation_leaves_no_batch_uncounted() -> None:
-    given = {**GIVEN, "best": True, "epochs": 4, "batch_size": 4, "validation": 0.4}
-    one = fit(Whole(), points(150), **given)
-    runs = Ranks(3).run(fits(Falls(), points(150), **given))
-    assert runs[1] is None
-    same_run(runs[0], one)
-    same_run(runs[2], one)
-
-
-class Waving(Whole):
-    def build_schedule(self, optimizer: Any, total_steps: int) -> anyfit.Schedule:
-        return anyfit.schedule.cosine(optimizer, total_steps)
-
-
-def test_options_of_the_optimizer_are_overridden_at_all_ranks() -> None:
-    given = {**GIVEN, "epochs": 3, "best": True}
-    overridden = {**given, "optimizer_overrides": {"lr": 0.02, "momentum": 0.5}}
-    one = fit(Waving(), points(150), **overridden)
-    for run in Ranks(2).run(fits(Waving(), points(150), **overridden)):
-        same_run(run, one)
-    assert one.history[0]["lr"] == pytest.approx(fit(Waving(), points(150), **given).history[0]["lr"] / 5)

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from elastic_task import OPTIONS, Digits
 from ranks import LONG_S, until
-from test_cluster import EXACT, same_folder, unlike
+from test_cluster import EXACT
+from test_cluster_fit import same_folder, unlike
 from test_meeting import free_port
 
 from anyfit.cluster import Cluster
@@ -278,12 +279,12 @@ def test_the_command_ends_with_the_signals_code_and_a_second_one_ends_it_at_once
 def test_two_nodes_of_unlike_sizes_and_a_third_that_comes_later(launch: Callable[..., Launcher], alone: Run, tmp_path: Path) -> None:
     """They meet through a shared file; the node without the store is killed as a whole; a late one joins."""
     cluster = {"nnodes": 2, "rdzv": f"file://{tmp_path}/meeting", "timeout_s": 4.0}
-    first = launch(4.0, {**cluster, "nproc": 1}, run=str(tmp_path / "run"))
+    first = launch(30.0, {**cluster, "nproc": 1}, run=str(tmp_path / "run"))
     until((tmp_path / "meeting").exists, "the first node")
-    second = launch(4.0, {**cluster, "nproc": 2}, run=str(tmp_path / "run"))
+    second = launch(30.0, {**cluster, "nproc": 2}, run=str(tmp_path / "run"))
     first.reaches(8)
     assert len(first.ranks()) == 1 and len(second.ranks()) == 2
-    third = launch(4.0, {**cluster, "nproc": 1}, run=str(tmp_path / "run"))
+    third = launch(30.0, {**cluster, "nproc": 1}, run=str(tmp_path / "run"))
     until(lambda: any("1 joined; 4 go on" in event.get("text", "") for event in first.events), f"the third node; {third.said()}")
     for pid in (*second.ranks().values(), second.process.pid):
         os.kill(pid, signal.SIGKILL)

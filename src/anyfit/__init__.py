@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anyfit.engine import Trainer
     from anyfit.estimator import Estimator
     from anyfit.federate import Faults, federate
-    from anyfit.fit import evaluate, fit, open_run, predict
+    from anyfit.fit import fit
     from anyfit.guard import Limits
     from anyfit.load import load
     from anyfit.metrics import Metric
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from anyfit.task import Step, Task, adamw
     from anyfit.tasks import PCA, HuggingFace, Image, Tabular, TextCNN, TextRNN, TextTransformer
+    from anyfit.trained import evaluate, open_run, predict
     from anyfit.update import Update
     from anyfit.values import File, Plan
 
@@ -102,16 +103,16 @@ _PLACES = {
     "Update": "update",
     "adamw": "task",
     "check": "check",
-    "evaluate": "fit",
+    "evaluate": "trained",
     "federate": "federate",
     "fit": "fit",
     "from_hetseq": "adapt.hetseq",
     "from_lightning": "adapt.lightning",
     "from_transformers": "adapt.huggingface",
     "load": "load",
-    "open_run": "fit",
+    "open_run": "trained",
     "partition": "data",
-    "predict": "fit",
+    "predict": "trained",
     "write_report": "report",
 }
 

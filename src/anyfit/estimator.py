@@ -18,10 +18,10 @@ from anyfit.data import Source
 from anyfit.data.hashes import image_column
 from anyfit.errors import DataError, InputError
 from anyfit.fit import fit as fit_task
-from anyfit.fit import predict as predict_with
 from anyfit.run import Run
 from anyfit.schema import Schema
 from anyfit.task import Task
+from anyfit.trained import predict as predict_with
 from anyfit.values import Plan
 
 __all__ = ["Estimator"]

@@ -182,7 +182,7 @@ def fit(
 @app.command()
 def evaluate(run: RunFolder, data: DataPath, source: SourceFields = None, device: Device = None, json: Json = False) -> None:
     """Figures of a trained run on data with targets."""
-    from anyfit.fit import evaluate as measure
+    from anyfit.trained import evaluate as measure
 
     figures = measure(run, source_of(data, None, fields=source), device=device or "auto")
     shown = {name: value for name, value in figures.items() if not isinstance(value, list)}

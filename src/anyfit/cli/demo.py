@@ -19,9 +19,9 @@ from anyfit.cli.progress import print_table
 from anyfit.data import Source
 from anyfit.errors import InputError, RunError
 from anyfit.federate import federate
-from anyfit.fit import evaluate
 from anyfit.load import load
 from anyfit.report import write_report
+from anyfit.trained import evaluate
 
 __all__ = ["run_demo"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anyfit.data import Source
 from anyfit.errors import InputError
-from anyfit.fit import open_run, predict
 from anyfit.schema import Schema
+from anyfit.trained import open_run, predict
 from anyfit.values import write_atomic
 
 __all__ = ["write_predictions"]

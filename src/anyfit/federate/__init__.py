@@ -21,7 +21,7 @@ from anyfit.federate.compare import check_comparable, compared
 from anyfit.federate.rounds import MOST_LOOKED_AT, Federation
 from anyfit.federate.rules import Rules
 from anyfit.federate.transport import Faults, Local, Ranks, Seen, agreed, gathered, leave, ranks_of
-from anyfit.fit import OnEvent, signals
+from anyfit.fitting import OnEvent, signals
 from anyfit.guard import Guard, Limits
 from anyfit.prepare import infer
 from anyfit.privacy import ExamplePrivacy, SitePrivacy

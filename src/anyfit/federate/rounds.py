@@ -18,7 +18,7 @@ from anyfit.errors import DataError, InputError, NonFinite, RunError, StateError
 from anyfit.federate.noise import SiteNoise
 from anyfit.federate.rules import Rules, agreed, changed_rules, fairness, is_fitted, number_of
 from anyfit.federate.transport import ALL, Transport
-from anyfit.fit import OnEvent, scalars
+from anyfit.fitting import OnEvent, scalars
 from anyfit.guard import BUFFERS, LOSS, WEIGHTS
 from anyfit.metrics import figures
 from anyfit.prepare import Prepared, built
