@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import selectors
 import signal
@@ -32,6 +33,7 @@ __all__ = ["ENVIRONMENT", "OUTCOME", "Cluster", "launch"]
 ENVIRONMENT = "ANYFIT_RANK"  # tells a child where it belongs
 OUTCOME = "outcome.json"
 TICK_S = 0.01
+PATIENCE_S = 5.0  # with a store that is asked why a job ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,11 @@ class _Launcher:
     restarts: int = 0
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     meeting: Path | None = None  # the shared file that this launcher wrote
+    errands: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)  # what the coordinator is to know
+    rounds: int = 0  # of errands done
+    lost: bool = False  # the store answers no more
+    heard: dict[str, Any] | None = None  # the verdict, where there is one
+    closed: threading.Event = field(default_factory=threading.Event)
 
     def meet(self) -> None:
         """Open the store here, or reach the one of the first node."""
@@ -136,8 +143,24 @@ class _Launcher:
         self._tell(kind="node", node=self.node, host=socket.gethostname(), ranks=cluster.nproc)
 
     def _tell(self, **message: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # a store that is gone has its own ways of being noticed
-            self.store.queue_push(INBOX, json.dumps({"id": -1, **message}))
+        self.errands.put(json.dumps({"id": -1, **message}))
+
+    def _run_errands(self) -> None:
+        """What goes to the store and comes from it, in a thread: where the network is cut, an answer is waited for without end."""
+        try:
+            while not self.closed.wait(TICK_S):
+                while not self.errands.empty():
+                    self.store.queue_push(INBOX, self.errands.get())
+                self.rounds += 1
+                if self.rounds % 25 and not all(child.told for child in self.children):
+                    continue
+                for child in self.children:  # taken for dead: they hold connections and files
+                    if not child.told and self.store.check([f"buried/{self.node}/{child.process.pid}"]):
+                        child.process.kill()
+                if self.heard is None and self.store.check(["verdict"]):
+                    self.heard = parse(self.store.get("verdict"), "the verdict")
+        except RuntimeError:
+            self.lost = True
 
     def start(self, local: int) -> None:
         """One rank."""
@@ -178,15 +201,12 @@ class _Launcher:
         """Until all ranks of this machine have ended, and, where the store is, those of the others."""
         for local in range(self.cluster.nproc):
             self.start(local)
-        looked = time.monotonic()
+        threading.Thread(target=self._run_errands, name="anyfit errands", daemon=True).start()
         with _signals(self._signalled) as signals:
             while True:
                 self.listen()
                 if self.coordinator is not None:
                     self.coordinator.tick()
-                if time.monotonic() - looked > 0.25:
-                    looked = time.monotonic()
-                    self._bury()
                 self._watch()
                 if all(child.told for child in self.children):
                     break
@@ -225,13 +245,6 @@ class _Launcher:
                 self.restarts += 1
                 self.start(child.local)
 
-    def _bury(self) -> None:
-        """End those of this machine who were taken for dead: they hold connections and files."""
-        with contextlib.suppress(RuntimeError):
-            for child in self.children:
-                if not child.told and self.store.check([f"buried/{self.node}/{child.process.pid}"]):
-                    child.process.kill()
-
     def _signalled(self, number: int, again: bool) -> None:
         """The first signal ends the job between two steps; of one of several machines, only its ranks. The second one acts at once."""
         if again:
@@ -252,6 +265,7 @@ class _Launcher:
 
     def close(self) -> None:
         """Leave nothing behind."""
+        self.closed.set()
         self.kill()
         for child in self.children:
             child.channel.close()
@@ -261,9 +275,17 @@ class _Launcher:
 
     def verdict(self) -> Exception:
         """Why there is no outcome."""
-        with contextlib.suppress(RuntimeError):
-            if self.store.check(["verdict"]):
-                return raised(parse(self.store.get("verdict"), "the verdict"))
+        done, waits = self.rounds, time.monotonic() + PATIENCE_S
+        while self.heard is None and not self.lost and self.rounds < done + 2 and time.monotonic() < waits:
+            time.sleep(TICK_S)
+        if self.heard is not None:
+            return raised(self.heard)
+        if self.lost or self.rounds < done + 2:
+            host, port = self.address
+            return RunError(
+                f"the store of this job ({host}:{port}) cannot be reached any more; its host is gone or cut off. What was saved last is kept, and "
+                "resume goes on"
+            )
         codes = ", ".join(f"rank {child.local}: {_spell(child.process.returncode)}" for child in self.children)
         return RunError(f"all ranks of this machine are gone ({codes}); what was saved last is kept, and resume goes on from there")
 

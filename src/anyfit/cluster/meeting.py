@@ -29,7 +29,7 @@ import torch.distributed
 from anyfit import errors
 from anyfit.errors import AnyfitError, InputError, RunError
 
-__all__ = ["Coordinator", "Generation", "Member", "Place", "address_towards", "connect", "raised"]
+__all__ = ["Coordinator", "Generation", "Member", "Place", "address_towards", "connect", "raised", "reachable"]
 
 Store = Any  # torch's, of which its annotations say nothing
 dist: Any = torch.distributed
@@ -454,7 +454,7 @@ class Member:
             thread.join(timeout=5)
 
     def _tell(self, **message: Any) -> None:
-        with _reachable():
+        with reachable():
             self.store.queue_push(INBOX, _told({"id": self.number, **message}))
 
     def _beat(self) -> None:
@@ -493,7 +493,7 @@ class Member:
     def _await(self, number: int) -> Generation:
         """The next generation that this rank belongs to."""
         generation = None
-        with _reachable():
+        with reachable():
             while generation is None or self.number not in generation.members:
                 if self.store.check([f"generation/{number}"]):
                     generation = Generation.from_json(json.loads(self.store.get(f"generation/{number}")))
@@ -511,7 +511,7 @@ class Member:
 
 
 @contextmanager
-def _reachable() -> Iterator[None]:
+def reachable() -> Iterator[None]:
     """Say what it means when the store does not answer."""
     try:
         yield

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from anyfit.cluster.group import Group
+from anyfit.cluster.meeting import reachable
 from anyfit.run import Folder, Writer
 from anyfit.state import State
 
@@ -34,8 +35,13 @@ class Shards:
             self._best = state
 
         def write() -> None:
+            part = json.dumps(state.save_shard(path, rank, size))
+            with reachable():
+                make_whole(part)
+
+        def make_whole(part: str) -> None:
             store = group.member.beats
-            store.set(f"{key}/{rank}", json.dumps(state.save_shard(path, rank, size)))
+            store.set(f"{key}/{rank}", part)
             if not writes:
                 if self._await([f"{key}/whole"], number):
                     self._best = None
