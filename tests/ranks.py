@@ -35,7 +35,7 @@ FIT: Any = importlib.import_module("anyfit.fit")  # the module: the verb has its
 RECORD: Any = importlib.import_module("anyfit.record")
 OPTIONS: dict[str, Any] = {"target": None, "run": None, "resume": False, "weights_partial": False, "optimizer_overrides": {}}
 ALIKE: dict[str, Any] = {"task": "the same everywhere"}  # a fingerprint
-LONG_S = 60.0  # for what takes no time; it ends a test that hangs
+LONG_S = 120.0  # for what takes no time; it ends a test that hangs
 _reading = threading.Lock()
 _here = threading.local()
 

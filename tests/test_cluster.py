@@ -17,8 +17,9 @@ from anyfit.cluster import Balancer
 from anyfit.data import Ragged
 from anyfit.engine import Trainer
 from anyfit.errors import RunError, TaskError
+from anyfit.fit import fit
 
-STEPS = 50
+STEPS, FEW = 50, 24  # of what is promised, and of what stands beside it
 EXACT = 1e-10
 PLAN = Plan(batch_size=24, dtype="float64", seed=3)
 
@@ -81,7 +82,7 @@ def close(lines: Sequence[Line], expected: Sequence[Line]) -> bool:
 
 
 def exactly(
-    task: Task, data: Any, plan: Plan = PLAN, steps: int = STEPS, ranks: int | Ranks = 2, deaths: Sequence[Death] = (), **options: Any
+    task: Task, data: Any, plan: Plan = PLAN, steps: int = FEW, ranks: int | Ranks = 2, deaths: Sequence[Death] = (), **options: Any
 ) -> Ranks:
     """Hold ranks to what one process does; those who are left have its weights, and told of its losses."""
     between = options.pop("between", None)
@@ -98,24 +99,19 @@ def exactly(
     return together
 
 
-def rows_of(task: Task, data: Any, plan: Plan, steps: int) -> dict[int, list[int]]:
-    """The rows of each step in one process."""
-    together = Ranks(1)
-    together.run(learn(task, data, plan, steps))
-    return {step: sorted(rows) for step, rows in together.all[0].rows.items()}
-
-
-def each_row_once(together: Ranks, expected: dict[int, list[int]]) -> None:
-    for step, rows in expected.items():
-        found = sorted(row for rank in together.all for row in rank.rows.get(step, ()))
-        assert found == rows, step
+def each_row_once(together: Ranks, task: Task, data: Any, plan: Plan = PLAN) -> None:
+    """Every row of every step was taken by one rank, and by one only."""
+    single = Ranks(1)
+    single.run(learn(task, data, plan, max(len(rank.losses) for rank in together.all)))
+    for step, rows in single.all[0].rows.items():
+        assert sorted(row for rank in together.all for row in rank.rows.get(step, ())) == sorted(rows), step
 
 
 @some("1", "1:1", "5:1", "1:1000000", "3:2:1", shares=["1", "1:1", "5:1", "1:1000000", "1000000:1", "3:2:1", "1:1:1:1:1"])
 def test_ranks_of_any_shares_take_the_steps_of_one(shares: str) -> None:
     count = shares.count(":") + 1
-    together = exactly(Net(), points(), ranks=count, shares="equal" if shares in ("1", "1:1") else shares)
-    each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
+    together = exactly(Net(), points(), steps=STEPS, ranks=count, shares="equal" if shares in ("1", "1:1") else shares)
+    each_row_once(together, Net(), points())
     epoch = sorted(row for step in range(3) for rank in together.all for row in rank.rows[step])
     assert epoch == list(range(70)), "each sample exactly once per epoch"
     if count > 1 and "000" in shares:
@@ -124,16 +120,28 @@ def test_ranks_of_any_shares_take_the_steps_of_one(shares: str) -> None:
         assert together.all[0].shares[0] == [20, 4]
 
 
+def test_one_rank_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a process that is asked to be one of one, nor the last one that is left."""
+
+    def made(*_: object) -> None:
+        raise AssertionError("a group was made")
+
+    monkeypatch.setattr("torch.distributed.ProcessGroupGloo", made)
+    together = Ranks(1).run(learn(Net(), points(), PLAN, 3))
+    fit_alone = fit(Net(), points(), nproc=1, steps=3, batch_size=24)
+    assert len(together) == 1 and fit_alone.result["steps"] == 3 and not torch.distributed.is_initialized()
+
+
 def test_shares_that_change_from_step_to_step_leave_no_trace() -> None:
     def between(rank: Rank, step: int) -> None:
         members = rank.group.generation.members
         speeds = dict(zip(members, ((step % 5, (step + 2) % 3 + 1, step % 7 + 1)), strict=True))
         rank.group.balance = Balancer(members, fixed={member: max(speed, 1e-3) for member, speed in speeds.items()})
 
-    together = exactly(Net(), points(), ranks=3, between=between)
+    together = exactly(Net(), points(), steps=STEPS, ranks=3, between=between)
     assert len({tuple(shares) for shares in together.all[0].shares}) > 20
     assert together.all[0].shares == together.all[1].shares == together.all[2].shares
-    each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
+    each_row_once(together, Net(), points())
 
 
 def test_measured_shares_follow_the_clock_and_change_nothing() -> None:
@@ -159,7 +167,7 @@ def sentences() -> dict[str, Tensor]:
 @some(("5:1", 1), ("23:1", 4), shares=["1:1", "5:1", "23:1"], accumulate=[1, 4])
 def test_counts_are_those_of_the_labels(shares: str, accumulate: int) -> None:
     plan = PLAN.updated(batch_size=24 // accumulate, accumulate=accumulate)
-    together = exactly(Net(), sentences(), plan, shares=shares, deaths=[Death(1, 30, "tail")])
+    together = exactly(Net(), sentences(), plan, STEPS, shares=shares, deaths=[Death(1, 30, "tail")])
     assert len({count for _, _, count, _ in together.all[0].losses}) > 20, "else nothing is tested"
 
 
@@ -211,8 +219,8 @@ PACKED = {"rows": {}, "bucket": {"bucket": True}, "max_tokens": {"max_tokens": 6
 @some(("5:1", "rows"), ("1:100000", "bucket"), ("3:2:1", "max_tokens"), shares=["1:1", "5:1", "1:100000", "3:2:1"], packed=PACKED)
 def test_texts_of_all_lengths_are_shared_by_their_words(shares: str, packed: str) -> None:
     plan = PLAN.updated(**PACKED[packed])
-    together = exactly(Words(lr=0.3), texts(), plan, ranks=shares.count(":") + 1, shares=shares)
-    each_row_once(together, rows_of(Words(lr=0.3), texts(), plan, STEPS))
+    together = exactly(Words(lr=0.3), texts(), plan, STEPS, ranks=shares.count(":") + 1, shares=shares)
+    each_row_once(together, Words(lr=0.3), texts(), plan)
     words = {sum(shares) for shares in together.all[0].shares}
     assert max(words) > 70, "a unit is a word"
 
@@ -221,8 +229,8 @@ def test_texts_of_all_lengths_are_shared_by_their_words(shares: str, packed: str
 def test_accumulation_and_clipping_come_before_and_after_the_division(shares: str, clip: float | None) -> None:
     """The norm that is clipped is that of the whole step's mean."""
     plan = PLAN.updated(batch_size=6, accumulate=4, clip=clip)
-    together = exactly(Net(), points(), plan, shares=shares, deaths=[Death(1, 20, "tail")])
-    each_row_once(together, rows_of(Net(), points(), plan, STEPS)) if shares == "1:1" else None
+    together = exactly(Net(), points(), plan, STEPS, shares=shares, deaths=[Death(1, 20, "tail")])
+    each_row_once(together, Net(), points(), plan) if shares == "1:1" else None
     one, _ = alone(Net(), points(), PLAN.updated(clip=clip), STEPS)
     assert apart(together.all[0].trainer, one) < EXACT, "update frequency is nothing but a larger batch"
 
@@ -233,8 +241,8 @@ def test_rows_at_once_that_memory_holds_only_cut_the_work() -> None:
             rank.group.cap = 3
 
     together = exactly(Net(), points(), between=between)
-    assert together.all[0].shares[0] == [12, 12] and together.all[0].shares[-2:] == [[21, 3], [21, 3]]
-    each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
+    assert together.all[0].shares[0] == [12, 12] and together.all[0].shares[6] == [21, 3]
+    each_row_once(together, Net(), points())
 
 
 class Weighted(Net):
@@ -251,7 +259,7 @@ class Weighted(Net):
 def test_weighted_rows_and_logs_that_only_one_rank_gives() -> None:
     data = points()
     data["weight"] = data["x"][:, 0].abs() / 50
-    together = exactly(Weighted(), data, ranks=3, shares="5:1:1", deaths=[Death(1, 20, "tail")])
+    together = exactly(Weighted(), data, ranks=3, shares="5:1:1", deaths=[Death(1, 10, "tail")])
     given = [set(logs) for _, _, _, logs in together.all[0].losses]
     assert {"twice"} in given and {"twice", "seldom"} in given
     assert all(0 < count < 1 for _, _, count, _ in together.all[0].losses)
@@ -287,8 +295,8 @@ class Fork(Net):
 @some(True, adamw=[False, True])
 def test_a_parameter_is_trained_in_the_steps_in_which_some_rank_uses_it(adamw: bool) -> None:
     """Where no rank does, it has no gradient, rather than one of zero that weight decay and momentum would act upon."""
-    together = exactly(Fork(adamw=adamw), points(), ranks=3, deaths=[Death(2, 31, "backward")])
-    used = [any(row % 35 == 0 for rank in together.all for row in rank.rows.get(step, ())) for step in range(30)]
+    together = exactly(Fork(adamw=adamw), points(), ranks=3, deaths=[Death(2, 16, "backward")])
+    used = [any(row % 35 == 0 for rank in together.all for row in rank.rows.get(step, ())) for step in range(FEW)]
     assert True in used and False in used, "else nothing is tested"
     assert torch.equal(together.all[0].trainer.model.unused.weight, built(Fork(), PLAN).unused.weight.double())
 
@@ -304,7 +312,7 @@ class Dropped(Net):
 @some(4, accumulate=[1, 4])
 def test_dropout_and_augmentation_follow_the_sample(accumulate: int) -> None:
     plan = PLAN.updated(batch_size=24 // accumulate, accumulate=accumulate, exact_dropout=True)
-    exactly(Dropped(), points(), plan, ranks=3, shares="5:1:1", deaths=[Death(1, 20, "sums")])
+    exactly(Dropped(), points(), plan, ranks=3, shares="5:1:1", deaths=[Death(1, 10, "sums")])
 
 
 # ---------------------------------------------------------------------- inner loops of one's own
@@ -356,7 +364,7 @@ class Counter:
 @some((Passes(), "5:1:1"), (Turns(), "1:1:100000"), task=[Passes(), Turns()], shares=["1:1:1", "5:1:1", "1:1:100000"])
 def test_an_own_loop_learns_the_same(task: Task, shares: str) -> None:
     plan = PLAN.updated(batch_size=12, accumulate=2)
-    exactly(task, points(), plan, ranks=3, shares=shares)
+    exactly(task, points(), plan, STEPS, ranks=3, shares=shares)
 
 
 @some(
@@ -367,10 +375,10 @@ def test_an_own_loop_learns_the_same(task: Task, shares: str) -> None:
     where=["backward", "sums", "tail", "sent", "commit", "next"],
 )
 def test_an_own_loop_is_tried_again_as_a_whole(task: Task, where: str) -> None:
-    together = exactly(task, points(), ranks=3, shares="3:2:1", deaths=[Death(1, 21, where)], between=joins(30))
+    together = exactly(task, points(), ranks=3, shares="3:2:1", deaths=[Death(1, 9, where)], between=joins(15))
     assert [len(shares) for shares in together.all[0].shares][-1] == 3
     if isinstance(task, Turns):
-        assert together.all[0].trainer.extras["turns"].count == STEPS == together.all[-1].trainer.extras["turns"].count
+        assert together.all[0].trainer.extras["turns"].count == FEW == together.all[-1].trainer.extras["turns"].count
 
 
 @some((Net(), 1), (Turns(), 1), (Weighted(), 2), task=[Net(), Passes(), Turns(), Weighted()], exchange=[1, 2])
@@ -399,7 +407,7 @@ def test_ranks_of_which_one_is_an_exchange_behind_find_together(task: Task, exch
                 tail = False
 
         tail = False
-        if rank.local == 1 and step == 21:
+        if rank.local == 1 and step == 9:
             plain = rank.group.exchange
             rank.group._wait, rank.group.exchange = broken, watched  # type: ignore[method-assign]
 
@@ -416,6 +424,23 @@ class Raw(Net):
 def test_an_optimizer_that_is_stepped_behind_the_ranks_back_is_refused_by_name() -> None:
     with pytest.raises(TaskError, match=r"train_step of Raw calls SGD.step\(\) itself, so ranks would go apart; call trainer.backward"):
         Ranks(2).run(learn(Raw(), points(), PLAN, 3))
+
+
+class Apart(Passes):
+    """Its first rank takes one more step on what it alone sees."""
+
+    def train_step(self, trainer: Trainer, window: Sequence[Any]) -> None:
+        rank = current()
+        for _ in range(2 if rank is None or rank.local == 0 else 1):
+            for batch in window:
+                trainer.backward(self.step(trainer.model, batch))
+            trainer.apply()
+
+
+def test_ranks_that_call_apply_unlike_each_other_are_told() -> None:
+    """Else the sums of one step of a rank would meet those of another step of the other."""
+    with pytest.raises(TaskError, match=r"apply\(\)"):
+        Ranks(2).run(learn(Apart(), points(), PLAN, 10))
 
 
 def test_weights_that_went_apart_are_found() -> None:
@@ -472,14 +497,14 @@ def test_batch_statistics_are_those_of_the_whole_step(kind: str, shares: str) ->
     """Buffers too; and a rank without rows takes part and counts nothing."""
     task, data = NORMED[kind]
     together = exactly(task, data, ranks=shares.count(":") + 1, shares=shares)
-    each_row_once(together, rows_of(task, data, PLAN, STEPS))
+    each_row_once(together, task, data)
     for rank in together.all:
         assert {type(layer).__name__ for layer in rank.trainer.model} & {"BatchNorm1d", "BatchNorm2d"}, "its own layers again"
 
 
 @some("backward", where=["forward", "backward", "tail", "commit"])
 def test_batch_statistics_of_a_step_that_failed_are_taken_back(where: str) -> None:
-    exactly(Normed(), points(), ranks=3, shares="3:1:1000000", deaths=[Death(1, 20, where)])
+    exactly(Normed(), points(), ranks=3, shares="3:1:1000000", deaths=[Death(1, 10, where)])
 
 
 def test_who_joins_shares_batch_statistics_too() -> None:
@@ -523,7 +548,7 @@ def test_a_rank_that_runs_out_of_memory_takes_less_at_once_and_loses_no_step(whe
     together = exactly(Heavy(where=where, holds=holds), points())
     assert together.all[0].shares == together.all[1].shares
     assert together.all[0].shares[-2][1] <= 12 and (holds[0] < 1000 or together.all[0].shares[-2][1] <= 5)
-    each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
+    each_row_once(together, Net(), points())
 
 
 def test_a_row_that_does_not_fit_alone_is_told() -> None:
@@ -538,31 +563,33 @@ POINTS = ["forward", "backward", "sums", "tail", "sent", "commit", "next"]
 
 @some(*((where, 2 * (number % 2)) for number, where in enumerate(POINTS)), where=POINTS, rank=[0, 2])
 def test_a_rank_that_dies_inside_a_step_changes_nothing(where: str, rank: int) -> None:
-    together = exactly(Net(), points(), ranks=3, shares="3:2:1", deaths=[Death(rank, 20, where)])
+    together = exactly(
+        Net(), points(), steps=STEPS if where == "backward" else FEW, ranks=3, shares="3:2:1", deaths=[Death(rank, 20, where)]
+    )
     if where in ("forward", "backward", "sums", "tail"):
         together.all[rank].rows.pop(20, None)
     elif where == "commit":  # the others know that its part counts
         together.all[rank].rows[20] = together.all[rank].pending
     if where != "sent":  # whether the others took its part depends on who was first
-        each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
+        each_row_once(together, Net(), points())
 
 
 @some("sums", "commit", where=POINTS)
 def test_of_many_ranks_all_hear_of_a_death(where: str) -> None:
     """A ring of connections tells only the neighbours of the dead one."""
-    exactly(Net(), points(), ranks=6, deaths=[Death(3, 20, where)])
+    exactly(Net(), points(), ranks=6, deaths=[Death(3, 5, where)])
 
 
 def test_ranks_die_until_one_is_left() -> None:
-    deaths = [Death(0, 5, "backward"), Death(2, 5, "tail"), Death(3, 9, "commit"), Death(4, 30, "sums")]
+    deaths = [Death(0, 5, "backward"), Death(2, 5, "tail"), Death(3, 9, "commit"), Death(4, 15, "sums")]
     together = exactly(Net(), points(), ranks=5, deaths=deaths)
-    assert [len(shares) for shares in together.all[1].shares][::7] == [5, 3, 2, 2, 2, 1, 1, 1]
+    assert [len(shares) for shares in together.all[1].shares][::4] == [5, 5, 3, 2, 1, 1]
 
 
 @some("sums", "tail", where=["forward", "sums", "tail", "next"])
 def test_a_rank_that_stops_without_a_word_counts_as_dead(where: str) -> None:
     """Its connections stay open, as those of a process that was stopped; later it wakes up and finds itself left behind."""
-    together = Ranks(3, timeout_s=1.0)
+    together = Ranks(3, timeout_s=2.0)
     deaths = [Death(1, 20, where, "stops")]
     one, lines = alone(Net(), points(), PLAN, STEPS)
     trainers = together.run(learn(Net(), points(), PLAN, STEPS, deaths=deaths), raises=False)
@@ -591,13 +618,13 @@ def joins(at: int, count: int = 1) -> Any:
 
 @some((1, True), (2, False), start=[1, 2], adamw=[False, True])
 def test_who_joins_takes_part_and_changes_nothing(start: int, adamw: bool) -> None:
-    together = exactly(Net(adamw=adamw), points(), ranks=start, between=joins(10, 2))
+    together = exactly(Net(adamw=adamw), points(), steps=STEPS, ranks=start, between=joins(10, 2))
     assert len(together.all) == start + 2 and [len(shares) for shares in together.all[0].shares][-1] == start + 2
     for rank in together.all[start:]:
         assert rank.losses[0][0] in (12, 13) and sum(map(len, rank.rows.values())) > 100
-    each_row_once(together, rows_of(Net(), points(), PLAN, STEPS))
+    each_row_once(together, Net(), points())
 
 
 def test_one_joins_after_another_has_died() -> None:
     together = exactly(Net(), points(), ranks=3, deaths=[Death(1, 5, "sums")], between=joins(10))
-    assert [len(shares) for shares in together.all[0].shares][::9] == [3, 2, 3, 3, 3, 3]
+    assert [len(shares) for shares in together.all[0].shares][::5] == [3, 2, 2, 3, 3]

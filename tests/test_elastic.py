@@ -87,7 +87,7 @@ def same(ours: Run, theirs: Run) -> None:
 def test_a_fit_whose_ranks_are_killed_and_stopped_is_that_of_one_process(alone: Run, tmp_path: Path) -> None:
     """Rank 0, who writes, is killed; another is stopped; the third one ends it: weights, log, figures and checkpoints are the same."""
     acts = Acts([(12, 0, signal.SIGKILL), (32, 2, signal.SIGSTOP)])
-    cluster = Cluster(nproc=3, shares="2:1:1", timeout_s=2.0)
+    cluster = Cluster(nproc=3, shares="2:1:1", timeout_s=4.0)
     run = fit(Digits(pace_ms=0.2), run=tmp_path / "run", cluster=cluster, on_event=acts, steps=STEPS, **OPTIONS)
     same(run, alone)
     assert not acts.acts and [notice.partition(";")[0] for notice in acts.notices if notice.startswith("ranks:")] == ["ranks: 1 lost"] * 2
@@ -210,6 +210,7 @@ def goes_on(run: Path, alone: Run, **options: Any) -> None:
     same(resumed, alone)
 
 
+@pytest.mark.slow
 def test_ranks_die_with_their_launcher_and_one_process_goes_on(launch: Callable[..., Launcher], alone: Run, tmp_path: Path) -> None:
     """SIGKILL of the launcher leaves no process; the last checkpoint, of two ranks, is gone on from by one."""
     launcher = launch(2.0, {"nproc": 2}, run=str(tmp_path / "run"), checkpoint_every_s=0.2)

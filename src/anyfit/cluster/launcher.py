@@ -141,6 +141,7 @@ class _Launcher:
                 raise InputError(f"nnodes (={cluster.nnodes}) is {theirs['nnodes']} at the first node; give all the same")
             self.node = int(self.store.add("nodes", 1)) - 1
         self._tell(kind="node", node=self.node, host=socket.gethostname(), ranks=cluster.nproc)
+        threading.Thread(target=self._run_errands, name="anyfit errands", daemon=True).start()
 
     def _tell(self, **message: Any) -> None:
         self.errands.put(json.dumps({"id": -1, **message}))
@@ -201,7 +202,6 @@ class _Launcher:
         """Until all ranks of this machine have ended, and, where the store is, those of the others."""
         for local in range(self.cluster.nproc):
             self.start(local)
-        threading.Thread(target=self._run_errands, name="anyfit errands", daemon=True).start()
         with _signals(self._signalled) as signals:
             while True:
                 self.listen()
