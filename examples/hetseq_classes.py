@@ -114,7 +114,8 @@ class MNISTTask(Task):
 
 class MNISTDataset(torch.utils.data.Dataset):
     def __init__(self, path):
-        self.image, self.label = torch.load(path)
+        with np.load(path) as held:  # HetSeq's own reads a pickle here
+            self.image, self.label = torch.from_numpy(held["image"]), torch.from_numpy(held["label"])
 
     def __getitem__(self, index):
         return (self.image[index].float()[None] / 255 - 0.1307) / 0.3081, int(self.label[index])
@@ -171,10 +172,10 @@ def parser():
 def write_digits(folder):
     digits, place = load_digits(), Path(folder) / "MNIST/processed"
     place.mkdir(parents=True)
-    images, labels = torch.tensor(digits.images * 15, dtype=torch.uint8), torch.tensor(digits.target)
-    tested = torch.arange(len(images)) % 6 == 0
-    torch.save((images[~tested], labels[~tested]), place / "training.pt")
-    torch.save((images[tested], labels[tested]), place / "test.pt")
+    images, labels = (digits.images * 15).astype(np.uint8), digits.target
+    tested = np.arange(len(images)) % 6 == 0
+    np.savez(place / "training.npz", image=images[~tested], label=labels[~tested])
+    np.savez(place / "test.npz", image=images[tested], label=labels[tested])
 
 
 def main(folder, *options):

@@ -20,13 +20,13 @@ from anyfit.errors import InputError
 from anyfit.federate.compare import check_comparable, compared
 from anyfit.federate.rounds import MOST_LOOKED_AT, Federation
 from anyfit.federate.rules import Rules
-from anyfit.federate.transport import Faults, Local, Ranks, Seen, agreed, gathered, leave, ranks_of
+from anyfit.federate.transport import Faults, Local, Ranks, agreed, gathered, leave, ranks_of
 from anyfit.fitting import OnEvent, signals
 from anyfit.guard import Guard, Limits
 from anyfit.prepare import infer
 from anyfit.privacy import ExamplePrivacy, SitePrivacy
 from anyfit.record import forget_seed, keep_seed, secret_seed
-from anyfit.run import Folder, Run
+from anyfit.run import Folder, Run, Seen
 from anyfit.schema import Schema
 from anyfit.strategy import FedAvg, Strategy, strategy_of
 from anyfit.task import Task

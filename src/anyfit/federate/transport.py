@@ -11,19 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from anyfit.errors import InputError, NonFinite, RunError
-from anyfit.run import Folder
 from anyfit.update import FINE, LARGEST, Group, Order, Reply, Total, Update, largest_of
-from anyfit.values import parse
 from anyfit.worker import Worker
 
-__all__ = ["Faults", "Local", "Ranks", "Seen", "Transport", "agreed", "gathered", "leave", "ranks_of"]
+__all__ = ["Faults", "Local", "Ranks", "Transport", "agreed", "gathered", "leave", "ranks_of"]
 
 ALL = ""  # in place of a site's name: a reply that is the sum of many
 
@@ -248,19 +245,6 @@ def _reduced(total: Update, heard: Sequence[Mapping[str, Any]]) -> Update:
     for (name, key), limbs in zip(names, flat, strict=True):
         sums[name][key] = limbs.view(slots[name, key][1])
     return Update({name: Group(sums[name], counts[name], units.get(name, FINE), True) for name in counts})
-
-
-class Seen(Folder):
-    """A run folder that another rank writes, as a resume reads it. All ranks must see the same files."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def cut(self, size: int) -> list[dict[str, Any]]:
-        """The lines that the writer keeps."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_bytes()[:size].splitlines() if path.exists() else []
-        return [parse(line, str(path)) for line in lines]
 
 
 _joined = False
