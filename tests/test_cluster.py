@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -59,7 +60,7 @@ def some(*quick: Any, **axes: Any) -> pytest.MarkDecorator:
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several sums in each step, though the models are small."""
     monkeypatch.setattr("anyfit.cluster.buckets.FIRST_BYTES", 100)
-    monkeypatch.setattr("anyfit.cluster.buckets.MOST_BYTES", 300)
+    monkeypatch.setattr("anyfit.cluster.buckets.MOST_BYTES", 500)
 
 
 # 70 rows in steps of 24: the last one of an epoch has 22
@@ -628,3 +629,44 @@ def test_who_joins_takes_part_and_changes_nothing(start: int, adamw: bool) -> No
 def test_one_joins_after_another_has_died() -> None:
     together = exactly(Net(), points(), ranks=3, deaths=[Death(1, 5, "sums")], between=joins(10))
     assert [len(shares) for shares in together.all[0].shares][::5] == [3, 2, 2, 3, 3]
+
+
+TASKS: list[tuple[Task, Any]] = [
+    (Net(), points()),
+    (Net(adamw=True), sentences()),
+    (Turns(), points()),
+    (Passes(), points()),
+    (Weighted(), {**points(), "weight": points()["x"][:, 0].abs()}),
+    (Normed(), points()),
+    (Words(lr=0.3), texts()),
+]
+
+
+@some(0, 1, seed=range(60))
+def test_whatever_happens_to_ranks_what_is_learnt_is_that_of_one(seed: int) -> None:
+    """Deaths of all but one at any points of any steps, newcomers at some, whatever the task."""
+    draw = random.Random(seed)
+    count, (task, data) = draw.randint(2, 5), draw.choice(TASKS)
+    dying = draw.sample(range(count), draw.randint(1, count - 1))
+    deaths = [Death(rank, draw.randrange(FEW), draw.choice(POINTS)) for rank in dying]
+    calls = {draw.randrange(1, FEW - 2) for _ in range(draw.randint(0, 2))}
+
+    def between(rank: Rank, step: int) -> None:
+        if rank.group.rank == 0 and step in calls:
+            calls.discard(step)
+            rank.ranks.join()
+            coordinator = rank.ranks.meeting.coordinator
+            until(lambda: coordinator.waiting, "who joins")
+
+    shares = ":".join(str(draw.choice([1, 1, 2, 5, 1000000])) for _ in range(count))
+    together = Ranks(count, shares=draw.choice([shares, "measured"]))
+    found = together.run(learn(task, data, PLAN, FEW, deaths=deaths, between=between), raises=False)
+    one, lines = alone(task, data, PLAN, FEW)
+    for rank, trainer in zip(together.all, found, strict=True):
+        if trainer is None:
+            assert rank.local in dying
+        elif isinstance(trainer, Trainer):
+            assert apart(trainer, one) < EXACT and close(rank.losses, lines) and trainer.position.step == FEW
+        else:  # who handed it the state died meanwhile, or it came too late
+            assert rank.local >= count and ("join again" in str(trainer) or "has ended" in str(trainer)), trainer
+    assert all(isinstance(found[rank], Trainer) for rank in range(count) if rank not in dying)

@@ -376,6 +376,7 @@ def test_a_second_job_on_the_port_of_the_first_is_refused(launch: Callable[..., 
     assert first.ends() == 1 and "1 of 2 nodes came to the rendezvous within 20 s" in first.said(), first.said()
 
 
+@pytest.mark.slow
 def test_no_error_is_lost_on_its_way_from_a_rank(tmp_path: Path) -> None:
     """A task that cannot be built at its ranks: the caller gets the error that they had."""
     with pytest.raises(RunError, match="KeyError: 'nothing'"):

@@ -30,7 +30,7 @@ from anyfit.cluster.meeting import Generation, Member, address_towards
 from anyfit.cluster.statistics import leave, synchronise
 from anyfit.data import Share
 from anyfit.engine import Local
-from anyfit.errors import InputError, Lost, RunError
+from anyfit.errors import InputError, Lost, RunError, TaskError
 from anyfit.machine import wait_for
 from anyfit.state import Position, State
 from anyfit.tree import pack, unpack
@@ -39,7 +39,7 @@ __all__ = ["Group"]
 
 dist: Any = torch.distributed  # of whose groups its annotations say little
 
-HEADER = ("count", "loss", "seconds", "units", "wait", "flags", "cap")
+HEADER = ("count", "loss", "seconds", "units", "wait", "flags", "cap", "step", "turn", "parameters")
 FLAGS = {"stop": 1, "leave": 2, "join": 4, "save": 8, "names": 16, "asked": 32}
 FORM_S = 10.0
 LOOK = timedelta(milliseconds=50)  # how long a wait lasts before it looks whether somebody is gone
@@ -83,6 +83,7 @@ class Group:
         self._failed: int | None = None  # rows at once that did not fit
         self.serial = 0  # steps, and exchanges between steps, that are done
         self._inside = False  # of a step
+        self._turn = (0, 0)  # the step at hand, and how often it has applied
         self.rank, self.size = 0, 1
         self.cap: int | None = None  # rows at once that this rank's memory holds
         self.rows = 0  # at most at once, of the step at hand
@@ -411,7 +412,7 @@ class Group:
         for number, part in zip(self.generation.members, self.balance.shares(units), strict=True):
             self.shares.append(Share(first, first + part, self.balance.cap_of(number)))
             first += part
-        self._inside = True
+        self._inside, self._turn = True, (position.step, 0)
         self._began = time.perf_counter()
         return self.shares[self.rank]
 
@@ -433,6 +434,7 @@ class Group:
 
     def reduce(self, parameters: Sequence[nn.Parameter], local: Local) -> Local:
         """Add gradients, counts, losses over all ranks. A parameter that no rank used has no gradient afterwards."""
+        self._turn = (self._turn[0], self._turn[1] + 1)
         wait_for(self.device)
         ended = time.perf_counter()
         used = [parameter.grad is not None for parameter in parameters]
@@ -470,10 +472,17 @@ class Group:
         flags = sum(FLAGS[wish] for wish in wishes | ({"names"} if unknown else set()))
         units = self.shares[self.rank].last - self.shares[self.rank].first
         logs = [number for name in self._names for number in local.logs.get(name, (0.0, 0.0))]
-        numbers = [local.count, local.loss, seconds, units, self._waited, flags, self.cap or 0, *logs]
+        place = (*self._turn, len(used))
+        numbers = [local.count, local.loss, seconds, units, self._waited, flags, self.cap or 0, *place, *logs]
         bits = sum(1 << index for index, use in enumerate(used) if use).to_bytes(-(-len(used) // 8), "little")
         parts = self.exchange(struct.pack(f"<{len(numbers)}d", *numbers) + bits)
         rows = [struct.unpack_from(f"<{len(numbers)}d", part) for part in parts]
+        if apart := {row[7:10] for row in rows} - {place}:
+            step, turn, _ = min(apart)
+            raise TaskError(
+                f"train_step called apply() for the {self._turn[1]}. time of step {self._turn[0]} at one rank, and for the {turn:.0f}. time of step "
+                f"{step:.0f} at another, or for other parameters; call trainer.apply() equally at all ranks, whatever their part of the step is"
+            )
         self.told = [Told(row[0], row[1], row[2], int(row[3]), row[4], int(row[5]), int(row[6])) for row in rows]
         self._tellers = list(self.balance.seats)
         hosts = dict(zip(self.generation.members, self.generation.hosts, strict=True))
