@@ -21,7 +21,7 @@ PYTHON ?= $(firstword $(foreach name,$(NAMES),$(shell $(name) -c '$(PROBE)' 2>/d
 PINNED_TORCH = $(shell grep '^torch==' constraints.txt)
 TORCH_SPEC = $(if $(TORCH),$(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH)),$(PINNED_TORCH))
 
-.PHONY: help setup demo test test-full check format docs bench bench-text bench-federation bench-rounds bench-large bench-cluster bench-scaling clean
+.PHONY: help setup demo test test-full check format docs bench bench-text bench-federation bench-rounds bench-large bench-cluster bench-scaling bench-shrink clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-23s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ bench-cluster: $(READY) ## unequal ranks against equal shares and DDP; drift, de
 
 bench-scaling: $(READY) ## up to 1,024 unequal GPUs, simulated from what is measured here
 	@$(PY) benchmarks/scaling.py $(ARGS)
+
+bench-shrink: $(READY) ## a tiny network in C on MNIST, pruning and int8 against dense, floats and torch-pruning
+	@$(PY) benchmarks/shrink.py $(ARGS)
 
 clean: ## remove what builds and tests leave; environments and runs stay
 	@rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

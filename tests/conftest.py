@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,22 @@ torch.set_num_threads(1)
 # make test ARGS="--hypothesis-profile=default --hypothesis-seed=random"
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A test of a rank that hangs leaves threads in compiled code, under which an interpreter that ends would abort."""
+    if any(thread.daemon for thread in threading.enumerate()) and (session := config.stash.get(SESSION, None)) is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(session.exitstatus))
+
+
+SESSION = pytest.StashKey[pytest.Session]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SESSION] = session
 
 
 @pytest.fixture(scope="session", autouse=True)

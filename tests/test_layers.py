@@ -36,7 +36,7 @@ ROWS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("strategy",), ()),
     (("tasks", "engine"), ("hub",)),
     (("task", "guard"), ()),
-    (("private", "dropout"), ()),
+    (("private", "dropout", "program"), ()),
     (("data", "state", "metrics", "schedule", "machine", "embedding"), ("pages",)),
     (("update", "codec"), ("report", "bundle")),
     (("tree",), ("run", "wire", "policy")),

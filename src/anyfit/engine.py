@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "glance",
     "load_model",
+    "load_partial",
     "make_trainer",
     "predict",
     "totals",
@@ -187,6 +188,7 @@ class Trainer:
         self.task, self._model, self._optimizers, self.schedules = task, model, optimizers, schedules
         self.plan, self.device, self.workers, self.correct = plan, device, workers or Alone(), correct
         self.position = Position()
+        self.total: int | None = None  # steps of the whole training, where they are known
         self.extras = Extras()
         self.steps: list[Step] = []  # what the current optimizer step was made of
         self.nominal = 1.0  # the count that gradients are scaled by before they are divided by the true one
@@ -211,7 +213,7 @@ class Trainer:
         self.private = None if private is None else self._private(private)
 
     def _private(self, steps: PrivateSteps) -> PrivateGradient:
-        if type(self.task).train_step is not Task.train_step:
+        if self.task.own("train_step"):
             raise TaskError(
                 f"{type(self.task).__name__} has a train_step of its own, which privacy cannot bound; leave train_step out, or fit without"
             )
@@ -275,7 +277,7 @@ class Trainer:
     def use_rows(self, batches: Batches) -> None:
         """Train only those word vectors that the training texts hold, where that is the same."""
         columns = getattr(batches, "columns", None)
-        plain = type(self.task).train_step is Task.train_step and self.correct is None
+        plain = not self.task.own("train_step") and self.correct is None
         plain = plain and self.private is None  # which words are in use is private too: all get noise
         if columns is None or not plain or not self.plan.used_rows or self._tables:
             return
@@ -384,8 +386,14 @@ class Trainer:
             # where nothing counted (all labels ignored) the gradients are zero and stay zero
             total = wide(count).clamp(min=1e-30) if isinstance(count, Tensor) else max(count, 1e-30)
             self._scale(parameters, self.nominal / total)
+        progress = None if self.total is None else min(1.0, (self.position.step + 1) / max(self.total, 1))
+        with torch.no_grad():
+            restore = self.task.constrain(self._model, progress)
         for optimizer_name in names:
             self._commit(optimizer_name)
+        if restore is not None:
+            with torch.no_grad():
+                restore()
         if self.scaler is not None:
             self.scaler.update()
         if self.plan.precision != "fp32":
@@ -396,7 +404,7 @@ class Trainer:
 
     def _sum(self, parameters: Sequence[nn.Parameter]) -> float:
         """Add gradients, counts, losses of all workers; the total count. What was stepped since then is known as one Step."""
-        own = type(self.task).train_step is not Task.train_step
+        own = self.task.own("train_step")
         if own and not self._counts:
             raise TaskError(
                 f"train_step of {type(self.task).__name__} called apply() without backward(step); ranks add what trainer.backward() was given, by "
@@ -498,6 +506,22 @@ def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
+def load_partial(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Copy what overlaps, name by name and from the first index of each dimension on; what was left, in words."""
+    own, left = model.state_dict(), []
+    with torch.no_grad():
+        for name, tensor in own.items():
+            found = weights.get(name)
+            if found is None or found.dim() != tensor.dim():
+                left.append(name)
+                continue
+            overlap = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, found.shape, strict=True))
+            tensor[overlap].copy_(found[overlap])
+            if found.shape != tensor.shape:
+                left.append(f"{name} (copied {'x'.join(str(part.stop) for part in overlap)} of {'x'.join(map(str, tensor.shape))})")
+    return [*left, *(f"{name} (not in the model)" for name in sorted(set(weights) - set(own)))]
+
+
 def make_trainer(task: Task, model: nn.Module, plan: Plan, total_steps: int, device: torch.device, **options: Any) -> Trainer:
     """Model to device and type, then optimizers and schedules as the task builds them."""
     model.to(device=device, dtype=getattr(torch, plan.dtype))
@@ -512,7 +536,9 @@ def make_trainer(task: Task, model: nn.Module, plan: Plan, total_steps: int, dev
             raise TaskError(
                 f"build_schedule gave a {type(schedule).__name__} for {name!r}; wrap it: anyfit.Schedule(scheduler, every='step')"
             )
-    return Trainer(task, model, optimizers, schedules, plan, device, **options)
+    trainer = Trainer(task, model, optimizers, schedules, plan, device, **options)
+    trainer.total = total_steps
+    return trainer
 
 
 def train(trainer: Trainer, batches: Batches, total_steps: int) -> Iterator[Stepped]:
@@ -581,7 +607,7 @@ class _Window(Sequence[Any]):
 def _window(trainer: Trainer, batches: Batches) -> Sequence[Any]:
     """The batches of the step at hand for this worker. Where all must take part, one without samples computes another's."""
     position, workers = trainer.position, trainer.workers
-    own = type(trainer.task).train_step is not Task.train_step
+    own = trainer.task.own("train_step")
     share = None if workers.alone else workers.share(position, batches.units(position))
     window: Sequence[Any] = batches.window(position, share)
     trainer._real = len(window)
@@ -630,7 +656,7 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
         except IndexError as error:
             raise _explained(error) from error
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            committed = trainer._reduced > 0 and type(task).train_step is Task.train_step  # in the optimizer's own step
+            committed = trainer._reduced > 0 and not task.own("train_step")  # in the optimizer's own step
             if not _out_of_memory(error) or undo is None or committed:
                 raise
             full = True  # the frames of the error hold tensors until it is over
@@ -676,7 +702,7 @@ def _private_step(trainer: Trainer, batches: Batches) -> tuple[Tensor | None, Co
 
 def _undo(trainer: Trainer) -> Callable[[], None]:
     """What takes back a step that was not committed. An own inner loop may have committed a part, so all is kept for it."""
-    if type(trainer.task).train_step is not Task.train_step:
+    if trainer.task.own("train_step"):
         state = trainer.snapshot()
 
         def restore() -> None:

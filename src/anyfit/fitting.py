@@ -30,7 +30,6 @@ from anyfit.private import PrivateSteps, Spending, sampling_rate, units_of
 from anyfit.record import compare, forget_seed, keep_seed, last_state, record_of, secret_seed, start_from
 from anyfit.run import Folder, Run, Seen
 from anyfit.state import Position, State, load_weights
-from anyfit.task import Task
 from anyfit.tree import clone, leaves
 from anyfit.values import Plan
 
@@ -83,7 +82,7 @@ class Fitting:
         self.steps_per_epoch = self.batches.steps_per_epoch
         if group is not None:
             group.by_rows = getattr(self.batches, "lengths", None) is None
-            group.least = int(type(task).train_step is not Task.train_step)  # an own loop takes part with a sample at least
+            group.least = int(task.own("train_step"))  # an own loop takes part with a sample at least
             if isinstance(self.batches, Indexed):
                 self.batches.ahead = group.next_share
         self.spending = None if privacy is None else self._private(privacy)
@@ -275,7 +274,7 @@ class Fitting:
         plain = [name for name, metric in (task.metrics(schema) or {}).items() if not isinstance(metric, Metric)]
         if plain:
             yield f"metric {', '.join(plain)} is a plain function: all outputs and targets are held in memory for it"
-        if type(task).evaluate is not Task.evaluate:
+        if task.own("evaluate"):
             return
         with machine.own_random():
             outputs = engine.glance(task, self.trainer.model, self.prepared.batches(split), self.trainer.autocast())
@@ -501,8 +500,9 @@ class Fitting:
         for schedule in self.trainer.schedules.values():
             if schedule.every == "evaluation":
                 schedule.advance(loss)
-        better = self.best is None or loss < self.best["loss"] - plan.min_delta
-        self.bad = 0 if better else self.bad + 1
+        settled = event.position.step >= self.prepared.task.settles() * self.total
+        better = settled and (self.best is None or loss < self.best["loss"] - plan.min_delta)
+        self.bad = 0 if better or not settled else self.bad + 1
         if better:
             self.best = {"step": event.position.step, **scalars(figures)}
             if plan.keeps_best:

@@ -39,7 +39,7 @@ def record_of(kind: str, task: Task, model: nn.Module, plan: Plan, schema: Schem
             "reference": reference(task),
             "class": f"{cls.__module__}:{cls.__qualname__}",
             "code": task_code(task),
-            "values": task_values(task),
+            "values": task_values(task, reference),
         },
         "plan": plan.to_json(),
         "schema": schema.to_json(),
@@ -173,17 +173,7 @@ def start_from(model: nn.Module, weights: Any, partial: bool) -> dict[str, Any]:
     if not partial:
         engine.load_model(model, found)
         return {"from": name, "left": []}
-    own, left = model.state_dict(), []
-    with torch.no_grad():
-        for key, tensor in own.items():
-            if key not in found or found[key].dim() != tensor.dim():
-                left.append(key)
-                continue
-            overlap = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, found[key].shape, strict=True))
-            tensor[overlap].copy_(found[key][overlap])
-            if found[key].shape != tensor.shape:
-                left.append(f"{key} (copied {'x'.join(str(part.stop) for part in overlap)} of {'x'.join(map(str, tensor.shape))})")
-    return {"from": name, "left": [*left, *(f"{key} (not in the model)" for key in sorted(set(found) - set(own)))]}
+    return {"from": name, "left": engine.load_partial(model, found)}
 
 
 def weights_file(path: Path) -> Path:

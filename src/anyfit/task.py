@@ -168,9 +168,28 @@ class Task:
         trainer.apply()
         return step
 
+    def constrain(self, model: nn.Module, progress: float | None) -> Callable[[], None] | None:
+        """What must hold for the weights after every step, such as zeros that stay: called before each step (of a federation: also before
+        each round's result is taken over), it gives what is done after it. `progress`: how much of the training will be done then, from
+        0 to 1; None at a site, whose server decides.
+        """
+        return None
+
+    def settles(self) -> float:
+        """The progress from which on weights are a result: what comes before is never the best, and no patience counts it."""
+        return 0.0
+
     def shared(self, name: str, tensor: Tensor) -> bool:
         """Whether a site exchanges this parameter or buffer: by default the parameters that train."""
         return tensor.requires_grad
+
+    def example(self, schema: Schema) -> Any:
+        """One row of zeros without its target, in a batch of 1: what a model is traced with where no data is at hand."""
+        return data.example(schema)
+
+    def own(self, method: str) -> bool:
+        """Whether this task replaces a method; a task that wraps another answers for both."""
+        return getattr(type(self), method) is not getattr(Task, method)
 
     def classes(self) -> Sequence[type]:
         """Further classes that this task is made of: a change of their code is a change of the task."""
@@ -197,12 +216,16 @@ def _hints(cls: type[Task]) -> dict[str, Any]:
         return {field.name: Any for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-def task_values(task: Task) -> dict[str, Any]:
-    """The fields as strict JSON; `File` and other tasks as objects that say so."""
+def _place(task: Task) -> str:
+    return f"{type(task).__module__}:{type(task).__qualname__}"
+
+
+def task_values(task: Task, place: Callable[[Task], str | None] = _place) -> dict[str, Any]:
+    """The fields as strict JSON; `File` and other tasks as objects that say so, with `place` telling where a task is found."""
 
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, Task):
-            return {"task": f"{type(value).__module__}:{type(value).__qualname__}", "values": task_values(value)}
+            return {"task": place(value) or _place(value), "values": task_values(value, place)}
         if isinstance(value, File):
             return {"path": value.path, "sha256": value.sha256}
         if isinstance(value, list | tuple):

@@ -444,6 +444,7 @@ class Turn:
         model = self.model
         options: dict[str, Any] = {} if private is None else {"private": replace(private.steps, seed=self._secret(private))}
         trainer = self.trainer = engine.make_trainer(worker.task, model, worker.plan, total, worker.device, **options)
+        trainer.total = None  # how far the whole is, the server knows
         self._position(trainer, per_epoch or 1, steps)
         if correct is not None:
             places = {id(tensor): place for place, tensor in enumerate(self.shared)}

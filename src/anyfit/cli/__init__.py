@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from anyfit.cli import data as data_commands
-from anyfit.cli import federated
+from anyfit.cli import federated, shrunk
 from anyfit.cli.options import (
     Backend,
     BatchSize,
@@ -237,6 +237,7 @@ def check(
 
 
 app.command()(federated.federate)
+app.command()(shrunk.shrink)
 
 
 @app.command(hidden=True)

@@ -58,7 +58,7 @@ def write_call(folder: Path, call: Call) -> Path:
         weights = folder / "weights.safetensors"
     whole, *parts = (_written(folder, what, getattr(call, what)) for what in ("data", "validation", "test"))
     value = {
-        "task": {"reference": name, "values": task_values(call.task)},
+        "task": {"reference": name, "values": task_values(call.task, reference)},
         "data": whole,
         "validation": parts[0],
         "test": parts[1],

@@ -9,7 +9,7 @@ from anyfit.data.ragged import LENGTHS, Ragged, packed
 from anyfit.data.sources import Rows, Source, fingerprint, num_rows
 from anyfit.data.split import by_column, by_fraction, in_tables, read_splits, take_fraction, without
 from anyfit.data.stream import Stream
-from anyfit.data.tables import describe, fitted, infer_schema, statistics, targets_of, tensor_schema, to_tensors
+from anyfit.data.tables import describe, example, fitted, infer_schema, statistics, targets_of, tensor_schema, to_tensors
 from anyfit.data.text import encoded, joined_texts, padding_of, tokenizer_of, trained_tokenizer, word_statistics
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "by_fraction",
     "describe",
     "encoded",
+    "example",
     "fingerprint",
     "fitted",
     "in_tables",

@@ -25,7 +25,7 @@ from anyfit.schema import DATETIME_PARTS, Column, ColumnType, Schema
 from anyfit.update import COUNTS, WIDE, Update
 from anyfit.values import parse
 
-__all__ = ["describe", "fitted", "infer_schema", "statistics", "tensor_schema", "to_tensors"]
+__all__ = ["describe", "example", "fitted", "infer_schema", "statistics", "tensor_schema", "to_tensors"]
 
 MOST_TARGET_VALUES = 100  # a whole-number target with at most so many distinct values is taken for classes
 YEAR_S, WEEK_S, DAY_S = 365.2425 * 86400, 7 * 86400, 86400
@@ -462,6 +462,24 @@ def tensor_schema(sample: Any, rows: Any = None) -> Schema:
         else:
             columns.append(Column(name, "image" if len(shape) == 3 else "continuous", shape=shape))
     return Schema(tuple(columns), target)
+
+
+def example(schema: Schema) -> dict[str, Tensor]:
+    """One row of zeros, (1, ...), as `to_tensors` makes it of a table; of a source that is tensors already, as its schema knows it."""
+    if any(column.shape and column.type != "image" for column in schema.features):
+        return {column.name: torch.zeros(1, *column.shape) for column in schema.features}
+    found: dict[str, Tensor] = {}
+    if schema.num_continuous:
+        found["continuous"] = torch.zeros(1, schema.num_continuous)
+    if schema.cardinalities:
+        found["categorical"] = torch.zeros(1, len(schema.cardinalities), dtype=torch.long)
+    for column in schema.of_type("image"):
+        found["image"] = torch.zeros(1, *column.shape, dtype=torch.uint8)
+    if not found:
+        raise DataError(
+            "no row can be made of a schema without numbers, categories or images; define example(self, schema), or give inputs"
+        )
+    return found
 
 
 def _named(sample: Any) -> dict[str, Any]:

@@ -504,7 +504,7 @@ class Federation:
         total = self._attempted(round, members, tensors, sites, heard)
         if self.memories is not None:
             self.memories.settle(round, sites)
-        weights = self.strategy.finish(server, total)
+        weights = self._constrained(server.weights, self.strategy.finish(server, total), round)
         if not bool(torch.isfinite(weights).all()):
             raise NonFinite(f"a weight is not finite after round {round}; lower the learning rate. The last round's state is untouched.")
         self.memory = server.memory
@@ -522,6 +522,24 @@ class Federation:
         elif self.epsilons:
             line["epsilon"] = max(self.epsilons.values())  # of the site that spent most
         self._line(line)
+
+    def _constrained(self, before: Tensor, weights: Tensor, round: int) -> Tensor:
+        """The next weights as the task wants them: zeros that stay, zeros that come."""
+        if not self.task.own("constrain"):
+            return weights
+
+        def place(vector: Tensor) -> None:
+            for tensor, part in zip(self.shared.values(), self.layout.views(vector.to(self.layout.dtype)), strict=True):
+                tensor.copy_(part)
+
+        with torch.no_grad():
+            place(before)
+            restore = self.task.constrain(self.model, round / self.rules.rounds)
+            if restore is None:
+                return weights
+            place(weights)
+            restore()
+            return self.layout.flat(list(self.shared.values())).to(weights.dtype)
 
     def _attempted(
         self,
@@ -664,8 +682,9 @@ class Federation:
             raise NonFinite(
                 f"validation loss (={loss}) is not finite after round {round}; lower the learning rate. The last state is untouched."
             )
-        better = self.best is None or loss < self.best["loss"] - self.plan.min_delta
-        self.bad = 0 if better else self.bad + 1
+        settled = round >= self.task.settles() * self.rules.rounds
+        better = settled and (self.best is None or loss < self.best["loss"] - self.plan.min_delta)
+        self.bad = 0 if better or not settled else self.bad + 1
         if better:
             self.best = {"step": round, "round": round, **scalars(pooled)}
             if self.plan.keeps_best:

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from anyfit.report import shrunk
 from anyfit.report.markup import markup
 from anyfit.report.page import build
 from anyfit.report.plots import draw
@@ -21,6 +22,8 @@ __all__ = ["summary", "write_report"]
 def write_report(run: Path) -> Path:
     """Write `report.html` and the PNG plots into the run folder; plots that no longer apply are removed."""
     records = read(Path(run))
+    if records.kind == "shrink":
+        shrunk.draw(records.run)
     pictures = draw(records)
     for name in ("loss", "metrics", "confusion", "partition", "sites", "privacy", "comparison", "ranks"):
         path = records.run / f"{name}.png"

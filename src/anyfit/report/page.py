@@ -11,6 +11,7 @@ from typing import Any
 from anyfit.report.markup import Html, hide, markup, plain, spell, table, tag
 from anyfit.report.plots import MANY_COLUMNS, MANY_PANELS, MANY_SITES, Picture
 from anyfit.report.records import Records, mapping, mappings, number, scalars, whole
+from anyfit.report.shrunk import sections
 
 __all__ = ["build"]
 
@@ -34,7 +35,7 @@ def _section(title: str, *children: object) -> Html:
 def build(records: Records, pictures: Mapping[str, Picture]) -> Iterator[Html]:
     """The page's parts from top to bottom."""
     yield _head(records)
-    yield from _curves(records, pictures)
+    yield from sections(records) if records.kind == "shrink" else _curves(records, pictures)
     yield from _class_section(records, pictures)
     yield from _comparison_section(records, pictures)
     yield from _site_section(records, pictures)

@@ -103,9 +103,13 @@ class Records:
 
     @property
     def task(self) -> str:
-        """The task as it was asked for; the class of one that lives in no file."""
+        """The task as it was asked for; the class of one that lives in no file. Of a shrunk one that within, and what was done to it."""
         task = self.record["task"]
-        return str(task.get("reference") or task["class"])
+        name, values, done = str(task.get("reference") or task["class"]), mapping(task.get("values")), []
+        while name.startswith("anyfit.tasks.shrunk:") and (within := mapping(values.get("task"))):
+            done.append(name.rpartition(":")[2].lower())
+            name, values = str(within.get("task")), mapping(within.get("values"))
+        return ", ".join([name, *reversed(done)])
 
     @property
     def length(self) -> dict[str, int | None]:

@@ -2,7 +2,7 @@
 
 All arithmetic is on vectors: the exchanged weights of a model lie side by side in one (P,) vector, in the order of a `Layout`.
 
-base (the interface) -> averaging, adaptive, robust, turns, exact
+base (the interface) -> averaging, adaptive, robust, turns, exact, calibrate
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from anyfit.errors import InputError
 from anyfit.strategy.adaptive import FedAdagrad, FedAdam, FedYogi
 from anyfit.strategy.averaging import FedAvg, FedAvgM, FedBN, FedNova, FedProx, Scaffold
 from anyfit.strategy.base import Server, Strategy
+from anyfit.strategy.calibrate import Calibrate
 from anyfit.strategy.exact import FedPCA, NewtonRaphson
 from anyfit.strategy.robust import FedMedian, Krum, TrimmedMean
 from anyfit.strategy.turns import Cyclic, SingleSite
@@ -22,6 +23,7 @@ from anyfit.values import coerce
 
 __all__ = [
     "STRATEGIES",
+    "Calibrate",
     "Cyclic",
     "FedAdagrad",
     "FedAdam",

@@ -53,7 +53,7 @@ class TanhRNN(nn.RNN):
 
     def states(self, inputs_BTI: Tensor) -> Tensor:
         """(T, B, H) all hidden states, from zero."""
-        if inputs_BTI.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if inputs_BTI.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
             return self(inputs_BTI)[0].transpose(0, 1)  # type: ignore[no-any-return]
         into_HI, weight_HH, bias_H, other_H = (weight for weight in self._flat_weights if weight is not None)
         return _Unrolled.apply(inputs_BTI, into_HI, weight_HH, bias_H + other_H)  # type: ignore[no-untyped-call,no-any-return]

@@ -113,6 +113,12 @@ class TextTask(Task):
         targets = data.targets_of(table, schema, need_target=split != "predict", balanced=split == "train")
         return {"input_ids": ids, **targets}
 
+    def example(self, schema: Schema) -> Any:
+        return {
+            "input_ids": torch.zeros(1, self.max_length, dtype=torch.long),
+            "lengths": torch.full((1,), self.max_length),
+        }
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return adamw(model, lr=self.lr, weight_decay=self.weight_decay)
 
