@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import subprocess
@@ -80,12 +81,11 @@ def model_of(task: Task, state: State) -> nn.Module:
     return model.eval()
 
 
-def accuracy(task: Task, model: nn.Module, pixels: Tensor, targets: Tensor) -> float:
-    """Of the largest logit over all test images."""
+def answers_of(task: Task, model: nn.Module, pixels: Tensor) -> Tensor:
+    """The class of each image."""
     model.eval()
     with torch.no_grad():
-        answers = [task.predict(model, {"image": part}).argmax(1) for part in pixels.split(500)]
-    return accuracy_of(torch.cat(answers), targets)
+        return torch.cat([task.predict(model, {"image": part}).argmax(1) for part in pixels.split(500)])
 
 
 def accuracy_of(answers: Tensor, targets: Tensor) -> float:
@@ -257,37 +257,34 @@ def through_c(folder: Path, pixels: Tensor) -> tuple[Tensor, float]:
 
 
 def tiny(options: Options) -> dict[str, Any]:
-    """Each seed in float, as simulated int8 and as compiled C; the median seed by C is what stands at the top."""
+    """Each seed in float, as simulated int8 and as compiled C, with any scales and with powers of two; the median seed by C stands at the top."""
     example = module_of(str(HERE.parent / "examples" / "tiny_mnist.py"))
     rows, task = options.rows(), example.TinyDigits()
     pixels, targets = images(task, rows)
     if options.retrain:
         keep([example.train(**rows, seed=seed) for seed in SEEDS])
     schema = prepare(task, rows["data"], target=None, validation=None, test=None, plan={}).schema
-    seeds = []
-    for seed, state in zip(SEEDS, kept(schema), strict=True):
-        with tempfile.TemporaryDirectory() as name:
-            small, integers = anyfit.quantize(task, state, rows["data"])
-            figures = anyfit.export(small, integers, Path(name) / "tiny.c").figures
-            simulated = model_of(small, integers)
-            answers, microseconds = through_c(Path(name), pixels)
-        with torch.no_grad():
-            same = torch.cat([small.predict(simulated, {"image": part}).argmax(1) for part in pixels.split(500)])
-        seeds.append(
-            {
-                "seed": seed,
-                "float": accuracy(task, model_of(task, state), pixels, targets),
-                "accuracy": accuracy_of(answers, targets),
-                "differs": int((answers != same).sum()),  # answers of C from those of simulated int8
-                **{name: figures[name] for name in ("flash_bytes", "ram_bytes", "text_bytes", "stack_bytes")},
-                "us": microseconds,
-            }
-        )
-    return {
-        **sorted(seeds, key=lambda row: row["accuracy"])[len(seeds) // 2],
-        "seeds": seeds,
-        "goal": {"accuracy": 0.988, "flash_bytes": 2800, "ram_bytes": 2048},
-    }
+    found = []
+    for scales in ("any", "powers of two"):
+        for seed, state in zip(SEEDS, kept(schema), strict=True):
+            with tempfile.TemporaryDirectory() as name:
+                small, integers = anyfit.quantize(task, state, rows["data"], power_of_two=scales == "powers of two")
+                figures = anyfit.export(small, integers, Path(name) / "tiny.c").figures
+                answers, microseconds = through_c(Path(name), pixels)
+            found.append(
+                {
+                    "seed": seed,
+                    "scales": scales,
+                    "float": accuracy_of(answers_of(task, model_of(task, state), pixels), targets),
+                    "accuracy": accuracy_of(answers, targets),
+                    "differs": int((answers != answers_of(small, model_of(small, integers), pixels)).sum()),  # C from simulated int8
+                    **{name: figures[name] for name in ("flash_bytes", "ram_bytes", "text_bytes", "stack_bytes")},
+                    "us": microseconds,
+                }
+            )
+        sys.stderr.write(f"tiny: scales {scales}\n")
+    median = sorted(found[: len(SEEDS)], key=lambda row: row["accuracy"])[len(SEEDS) // 2]
+    return {**median, "rows": found, "goal": {"accuracy": 0.988, "flash_bytes": 2800, "ram_bytes": 2048}}
 
 
 # ------------------------------------------------------------------ lenet
@@ -307,7 +304,7 @@ def lenet(options: Options) -> dict[str, Any]:
         model = model_of(task, state)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         nonzero = sum(int((parameter != 0).sum()) for parameter in model.parameters())
-        exact, rounded = (accuracy(*pair, pixels, targets) for pair in ((task, model), (small, model_of(small, integers))))
+        exact, rounded = (accuracy_of(answers_of(*pair, pixels), targets) for pair in ((task, model), (small, model_of(small, integers))))
         found.append({"kind": name, "parameters": parameters, "nonzero": nonzero, "float": exact, "int8": rounded})
         sys.stderr.write(f"lenet: {name}\n")
     for row in found:
@@ -317,6 +314,13 @@ def lenet(options: Options) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ half of the channels
+
+
+@functools.cache
+def trained(network: Task, options: Options) -> tuple[anyfit.Run, dict[str, Any]]:
+    """A network after three epochs on a fifth of MNIST, and those rows."""
+    rows = options.rows(2000 if options.quick else 12000)
+    return anyfit.fit(network, **rows, epochs=1 if options.quick else 3, batch_size=64, seed=0), rows
 
 
 def by_torch_pruning(dense: nn.Module, pixels: Tensor) -> nn.Module:
@@ -340,9 +344,7 @@ def half(options: Options) -> dict[str, Any]:
     """Both prunings of one trained network, trained on alike; then all three in turn."""
     found = []
     for network in (VGG(), ResNet()):
-        rows = options.rows(2000 if options.quick else 12000)
-        plan: dict[str, Any] = {"epochs": 1, "batch_size": 64, "seed": 0}
-        run = anyfit.fit(network, **rows, **{**plan, "epochs": 1 if options.quick else 3})
+        (run, rows), plan = trained(network, options), {"epochs": 1, "batch_size": 64, "seed": 0}
         pixels, targets = images(network, rows)
         peer = by_torch_pruning(run.model, pixels)
 
@@ -373,12 +375,14 @@ def half(options: Options) -> dict[str, Any]:
                         "kind": name,
                         "parameters": resources.parameters,
                         "macs": resources.macs,
-                        "accuracy": accuracy(network, model, pixels, targets),
+                        "accuracy": accuracy_of(answers_of(network, model, pixels), targets),
                         "ms": statistics.median(taken[name]),
                         **ratio(taken["dense"], taken[name]),
+                        "over_peer": "",
                     }
                 )
             found[-2] |= {f"over_peer_{key}": value for key, value in ratio(taken["torch-pruning"], taken["anyfit"]).items()}
+            found[-2]["over_peer"] = "{over_peer_ratio:.2f} ({over_peer_low:.2f} to {over_peer_high:.2f})".format(**found[-2])
         sys.stderr.write(f"half: {type(network).__name__}\n")
     return {"rows": found}
 
@@ -394,8 +398,7 @@ def int8(options: Options) -> dict[str, Any]:
     settings.intra_op_num_threads = settings.inter_op_num_threads = 1
     found = []
     for network in (LeNet(), VGG(), ResNet()):
-        rows = options.rows(2000 if options.quick else 12000)
-        run = anyfit.fit(network, **rows, epochs=1 if options.quick else 3, batch_size=64, seed=0)
+        run, rows = trained(network, options)
         pixels, targets = images(network, rows)
         small, integers = anyfit.quantize(network, run.state, rows["data"])
         with tempfile.TemporaryDirectory() as name:
@@ -455,7 +458,7 @@ def sparse(options: Options) -> dict[str, Any]:
             for kind, model in models.items():
                 tensors = list(prunable(model).values())[: -1 if kind.startswith("ramp") else None]  # of those that it prunes
                 zero = sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
-                kinds.setdefault((amount, kind), []).append((accuracy(Digits(), model, pixels, targets), zero))
+                kinds.setdefault((amount, kind), []).append((accuracy_of(answers_of(Digits(), model, pixels), targets), zero))
     for (amount, kind), runs in kinds.items():
         accuracies, zeros = zip(*runs, strict=True)
         spread = {"low": min(accuracies), "high": max(accuracies), "zero": statistics.median(zeros)}
@@ -500,52 +503,22 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "sparse": sparse,
     "morphs": morphs,
 }
-COLUMNS = {
-    "tiny": {
-        "seed": "",
-        "float": ".4f",
-        "accuracy": ".4f",
-        "differs": "",
-        "flash_bytes": ",",
-        "ram_bytes": ",",
-        "text_bytes": ",",
-        "stack_bytes": ",",
-        "us": ".0f",
-    },
-    "lenet": {"kind": "", "parameters": ",", "nonzero": ",", "fewer": ".1f", "float": ".4f", "int8": ".4f", "lost_points": ".2f"},
-    "half": {
-        "network": "",
-        "batch": "",
-        "kind": "",
-        "parameters": ",",
-        "macs": ",",
-        "accuracy": ".4f",
-        "ms": ".3f",
-        "ratio": ".2f",
-        "low": ".2f",
-        "high": ".2f",
-    },
-    "int8": {
-        "network": "",
-        "batch": "",
-        "kind": "",
-        "file_bytes": ",",
-        "accuracy": ".4f",
-        "ms": ".3f",
-        "ratio": ".2f",
-        "low": ".2f",
-        "high": ".2f",
-    },
-    "sparse": {"amount": ".2f", "kind": "", "accuracy": ".3f", "low": ".3f", "high": ".3f", "zero": ".3f"},
-    "morphs": {"network": "", "edit": "", "label": "", "children": "", "evaluation": ".1e", "training": ".1e", "size": ".2f"},
+COLUMNS = {  # name:format
+    "tiny": "seed scales float:.4f accuracy:.4f differs flash_bytes:, ram_bytes:, text_bytes:, stack_bytes:, us:.0f",
+    "lenet": "kind parameters:, nonzero:, fewer:.1f float:.4f int8:.4f lost_points:.2f",
+    "half": "network batch kind parameters:, macs:, accuracy:.4f ms:.3f ratio:.2f low:.2f high:.2f over_peer",
+    "int8": "network batch kind file_bytes:, accuracy:.4f ms:.3f ratio:.2f low:.2f high:.2f",
+    "sparse": "amount:.2f kind accuracy:.3f low:.3f high:.3f zero:.3f",
+    "morphs": "network edit label children evaluation:.1e training:.1e size:.2f",
 }
 
 
-def table(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
+def print_table(rows: list[dict[str, Any]], columns: str) -> None:
     """Words on the left, figures on the right."""
-    cells = [[name.replace("_", " ") for name in columns], *([format(row[name], form) for name, form in columns.items()] for row in rows)]
+    forms = dict(column.partition(":")[::2] for column in columns.split())
+    cells = [[name.replace("_", " ") for name in forms], *([format(row[name], form) for name, form in forms.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = [isinstance(rows[0][name], str) for name in columns]
+    words = [isinstance(rows[0][name], str) for name in forms]
     for line in cells:
         print(
             "  ".join(
@@ -569,7 +542,7 @@ def main() -> None:
     for name in given.only or SECTIONS:
         found[name] = SECTIONS[name](options)
         print(f"\n{name}")
-        table(found[name]["seeds" if name == "tiny" else "rows"], COLUMNS[name])
+        print_table(found[name]["rows"], COLUMNS[name])
     sys.stderr.write(f"done in {(time.monotonic() - begun) / 60:.1f} minutes\n")
     if given.json:
         print(json.dumps(found))

@@ -348,3 +348,88 @@ def test_a_compiler_that_makes_no_elf_is_told_of(tmp_path: Path, monkeypatch: py
     fake.chmod(0o755)
     with pytest.raises(RunError, match="no ELF object"):
         compiled.measure(tmp_path, "net", command=str(fake))
+
+
+# ------------------------------------------------------------------ microcontrollers
+
+ARM, QEMU = "arm-none-eabi-gcc", "qemu-system-arm"
+BARE = """
+#include <stdint.h>
+#include "net.h"
+
+extern const uint8_t rows[];
+extern const int32_t row_count;
+
+static int host(int operation, const void *argument)  /* semihosting: the emulator does it */
+{
+    register int r0 __asm__("r0") = operation;
+    register const void *r1 __asm__("r1") = argument;
+    __asm__ volatile("bkpt 0xAB" : "+r"(r0) : "r"(r1) : "memory");
+    return r0;
+}
+
+static void tell(int32_t value)
+{
+    char text[12];
+    for (int i = 0; i < 8; i++) {
+        text[i] = "0123456789abcdef"[((uint32_t)value >> (28 - 4 * i)) & 15];
+    }
+    text[8] = ' ';
+    text[9] = 0;
+    host(4, text);
+}
+
+void start(void)
+{
+    for (int32_t row = 0; row < row_count; row++) {
+        int8_t logits[NET_OUTPUTS];
+        for (int32_t i = 0; i < NET_INPUT_SIZE; i++) {
+            net_input()[i] = rows[row * NET_INPUT_SIZE + i];
+        }
+        tell(net_predict(logits));
+        for (int i = 0; i < NET_OUTPUTS; i++) {
+            tell(logits[i]);
+        }
+    }
+    host(0x18, (const void *)0x20026);
+    for (;;) {
+    }
+}
+
+__attribute__((section(".vectors"), used)) static const void *const vectors[2] = {(const void *)0x20010000, (const void *)start};
+"""
+MEMORY = """
+SECTIONS {
+    . = 0; .text : { KEEP(*(.vectors)) *(.text* .rodata*) }
+    . = 0x20000000; .bss : { *(.bss*) }
+    /DISCARD/ : { *(.ARM.*) }
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which(ARM), reason=f"no {ARM}")
+@pytest.mark.parametrize(("core", "board"), [("cortex-m0plus", "mps2-an385"), ("cortex-m4", "mps2-an386")])
+def test_a_microcontroller_computes_the_same(core: str, board: str, tmp_path: Path) -> None:
+    program = residual()
+    flags = (f"-mcpu={core}", "-mthumb", "-Os")
+    write(program, tmp_path)
+    measured = compiled.measure(tmp_path, "net", command=ARM, flags=flags)
+    assert measured.flash == c.flash_bytes(program) and measured.ram == c.plan(program).bytes
+    assert 0 < measured.text < 3000 and measured.stack is not None and 0 < measured.stack < 600
+    if not shutil.which(QEMU):
+        pytest.skip(f"no {QEMU}")
+    x = pixels(program, 6)
+    (tmp_path / "rows.c").write_text(
+        f"#include <stdint.h>\nconst uint8_t rows[] = {{{', '.join(map(str, x.ravel()))}}};\nconst int32_t row_count = {len(x)};\n"
+    )
+    (tmp_path / "bare.c").write_text(BARE)
+    (tmp_path / "memory.ld").write_text(MEMORY)
+    sources = [tmp_path / each for each in ("bare.c", "net.c", "rows.c")]
+    line = (ARM, *flags, "-std=gnu99", "-ffreestanding", "-nostartfiles", "-nostdlib", "-T", tmp_path / "memory.ld", f"-I{tmp_path}")
+    done = shell(*line, *sources, "-lgcc", "-o", tmp_path / "net.elf")
+    assert done.returncode == 0, done.stderr.decode()
+    shown = ("-display", "none", "-monitor", "none", "-serial", "none", "-semihosting-config", "enable=on,target=native")
+    done = shell(QEMU, "-M", board, *shown, "-kernel", tmp_path / "net.elf", timeout=60)
+    told = np.array([int(word, 16) for word in (done.stdout + done.stderr).split()], dtype=np.uint32).view(np.int32).reshape(len(x), 6)
+    expected = program.run({"x": x})
+    assert np.array_equal(told[:, 0], expected.answers) and np.array_equal(told[:, 1:], expected.logits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -151,6 +150,23 @@ class Tied(nn.Module):
         return out
 
 
+class Assorted(nn.Module):
+    """A first state and a first token that are learnt, the larger of two layers, and a stack of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.token = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 1, 6))
+        self.rnn, self.one, self.two, self.output = nn.RNN(5, 6, batch_first=True), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        states = self.rnn(x, self.state.expand(1, rows, -1).contiguous())[0]
+        states = torch.cat((self.token.expand(rows, -1, -1), states), 1)
+        one, two = self.one(states), self.two(states)
+        out: Tensor = self.output(torch.stack((one.max(two), one.clamp(min=0)), 1).amax((1, 2)))
+        return out
+
+
 def separable() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -192,6 +208,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "heads": (Heads, torch.zeros(1, 6, dtype=torch.long)),
     "gated": (Gated, ROW),
     "tied": (Tied, ROW),
+    "assorted": (Assorted, STEPS),
 }
 
 
@@ -238,7 +255,7 @@ def checked(task: Task, model: nn.Module, batch: Any, build: Callable[[], nn.Mod
         for group in found:
             if (name, dim) in group.places:
                 each = int((group.places[name, dim] >= 0).sum()) // group.size
-                gone += each * math.floor(0.5 * group.size + 0.5)
+                gone += each * round(0.5 * group.size)
         assert named[name].shape[dim] == size_before - gone
     if all(group.exact for group in found):
         one, other = masked(model, edit).double().eval(), copy.deepcopy(small).double().eval()
@@ -278,6 +295,7 @@ def test_what_belongs_together_is_found() -> None:
     assert found("encoder") == {f"encoder.layers.{n}.linear1": (16, (f"encoder.layers.{n}.linear1",)) for n in (0, 1)}
     assert found("heads")["query"] == (4, ("query", "key", "value"))
     assert found("heads")["embed"] == (12, ("embed", "mix"))
+    assert found("assorted") == {"rnn": (6, ("rnn",)), "one": (8, ("one", "two"))}
     assert found("gated") == {"both": (6, ("both",))}
     assert found("lstm") == {"input": (6, ("input",)), "rnn": (8, ("rnn",))}
 
@@ -346,7 +364,7 @@ def test_networks_of_the_ready_made_tasks_are_cut(name: str) -> None:
     task = make()
     schema = prepare(task, source(), target=None, validation=None, test=None, plan={"batch_size": 4, "steps": 1, "best": False}).schema
     torch.manual_seed(0)
-    model, batch = task.build_model(schema), task.example(schema)
+    model, batch = task.build_model(schema), task.example_row(schema)
     assert checked(task, model, batch, lambda: task.build_model(schema)) == makers
 
 
@@ -378,9 +396,9 @@ def test_layers_and_heads_of_a_transformers_model_are_cut() -> None:
 @settings(max_examples=7)
 def test_exactly_what_was_asked_for_goes(amount: float, least: int, multiple: int) -> None:
     model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 2))
-    lefts = [max(before - math.floor(amount * before + 0.5), min(least, before)) for before in (7, 12)]
+    lefts = [max(before - round(amount * before), min(least, before)) for before in (7, 12)]
     if multiple > 1:
-        lefts = [min(before, max(1, math.floor(left / multiple + 0.5)) * multiple) for left, before in zip(lefts, (7, 12), strict=True)]
+        lefts = [min(before, max(1, round(left / multiple)) * multiple) for left, before in zip(lefts, (7, 12), strict=True)]
         lefts = [
             left if left >= least else min(before, left + multiple * -(-(least - left) // multiple))
             for left, before in zip(lefts, (7, 12), strict=True)
@@ -423,7 +441,7 @@ def test_over_all_layers_exactly_the_share_of_all_channels_goes() -> None:
         small = apply_edits(copy.deepcopy(model), [cut(Plain(), model, batch, amount, scope="global", least=1)])
         any_small: Any = small
         left = (any_small.stem, any_small.first.conv1, any_small.second.conv1, any_small.second.conv2)
-        assert sum(conv.out_channels for conv in left) == total - math.floor(amount * total + 0.5)
+        assert sum(conv.out_channels for conv in left) == total - round(amount * total)
 
 
 def test_a_wide_network_is_cut_by_a_short_edit() -> None:

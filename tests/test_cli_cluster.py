@@ -122,6 +122,7 @@ def results_in(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_write_one_run_and_one_speaks(tmp_path: Path) -> None:
     (tmp_path / "runs/tabular-1").mkdir(parents=True)  # is taken; all ranks have to find the same next one
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "--", "anyfit")

@@ -22,6 +22,7 @@ CLAIMS = {
     "gan.py": (r"(?:[ .:*#]{8}\n){8}", ("40",)),
     "federated_digits.py": (r"federated +0\.9", ()),
     "imdb_cnn_rnn.py": (r"CNN: loss .*accuracy 0\.\d+", ("--steps", "100")),
+    "shrink.py": (r"(?s)flash_bytes 2,860, ram_bytes 544\n.*int8 +0\.9\d+ +2,860.*\nc +0\.9\d+ +2,860", ()),
     "own_data.py": (r"'share_right': (?:1\.0|0\.9)", ()),
     "own_strategy.py": (r"FedAvg +accuracy 0\.9.*\nEqual +accuracy 0\.[89]", ()),
     "substra_mnist.py": (r"all +accuracy 0\.9", ()),

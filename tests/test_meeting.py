@@ -495,6 +495,7 @@ def test_nobody_at_the_rendezvous_is_told_with_the_time() -> None:
         connect(HOST, free_port(), serve=False, wait_s=1.0)
 
 
+@pytest.mark.slow
 def test_something_else_at_the_port_is_told() -> None:
     """A server that is no store takes connections and never answers."""
     found: list[BaseException] = []

@@ -61,15 +61,21 @@ NAMES = [
     "adamw",
     "check",
     "evaluate",
+    "export",
     "federate",
     "fit",
     "from_hetseq",
     "from_lightning",
     "from_transformers",
     "load",
+    "morph",
     "open_run",
     "partition",
     "predict",
+    "prune",
+    "quantize",
+    "resources",
+    "shrink",
     "write_report",
 ]
 
@@ -90,8 +96,8 @@ def test_import_loads_neither_torch_nor_numpy() -> None:
 
 
 def test_a_verb_stays_a_function_when_the_module_of_its_name_is_imported() -> None:
-    script = "import anyfit.federate, anyfit.fit, anyfit.check, anyfit.load; print(*(type(getattr(anyfit, n)).__name__ for n in ('fit', 'federate', 'check', 'load')))"
-    assert run(script) == "function function function function"
+    script = "import anyfit.federate, anyfit.fit, anyfit.check, anyfit.load, anyfit.shrink; print(*(type(getattr(anyfit, n)).__name__ for n in ('fit', 'federate', 'check', 'load', 'shrink')))"
+    assert run(script) == "function function function function function"
 
 
 def test_type_checkers_see_the_names_that_resolve() -> None:

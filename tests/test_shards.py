@@ -646,6 +646,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_ends_its_job_first_and_tells_of_its_error(tmp_path: Path) -> None:
     """An interpreter that ends while a thread is in compiled code would abort, whatever the exit code was to be."""
     done = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path / "s")], capture_output=True, text=True, check=False)
@@ -874,6 +875,7 @@ def survives(folder: Path, seed: int, every: int, rounds: int) -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_kills_leave_the_old_checkpoint_or_the_new_one(tmp_path: Path) -> None:
     operations, kills, steps = survives(tmp_path, seed=1, every=6, rounds=8)
     assert operations > 5 and kills == 8 and steps >= 6

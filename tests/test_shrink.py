@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from ranks import Ranks, alone, apart, learn
 from torch import Tensor, nn
 
 from anyfit.data import Source
@@ -401,3 +404,37 @@ def test_what_is_shrunk_is_one_task_within_another(digits: tuple[Task, State]) -
         Pruned(task=digits[0], amount=1.0)
     with pytest.raises(InputError, match="begin"):
         Pruned(task=digits[0], amount=0.5, begin=0.8, end=0.2)
+
+
+def test_ranks_prune_the_weights_that_one_process_prunes() -> None:
+    task, plan = Pruned(task=Small(), amount=0.8), Plan(batch_size=16, steps=30, seed=1, dtype="float64")
+    single, _ = alone(task, points(), plan, 30)
+    for trainer in Ranks(2, shares="5:1").run(learn(task, points(), plan, 30)):
+        assert apart(trainer, single) < 1e-10
+        assert sparsity_of(trainer.model) == sparsity_of(single.model) > 0.4
+
+
+def test_shapes_that_the_server_chose_are_trained_at_all_sites(small: tuple[Task, State]) -> None:
+    sites = {"a": points(60, 1), "b": points(40, 2), "c": points(90, 3)}
+    task, state = prune(*small, sites, 0.5, structured=True, inputs=(points()[0][:1],), fit=partial(federate, batch_size=16), rounds=4)
+    assert state.model["0.weight"].shape == (8, 4) and state.model["2.weight"].shape == (8, 8)
+    assert correct(task, state, points(300, 9)) > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["pruned", "quantized"])
+def test_ranks_of_processes_find_a_task_within_a_task(wrap: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\nfrom anyfit import Task\n\n\nclass Mine(Task):\n    def build_model(self, schema):\n"
+        "        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+    )
+    task, state = trained(load(f"{file}:Mine"), points(), epochs=4, batch_size=16, seed=1)
+    wrapped, weights = prune(task, state, amount=0.5) if wrap == "pruned" else quantize(task, state, points())
+    run = fit(wrapped, points(), weights=dict(weights.model), nproc=2, epochs=2, batch_size=16, seed=1, run=tmp_path / "run")
+    assert run.result["ranks"] == 2
+    code = (
+        "import sys; from anyfit import open_run; task, state = open_run(sys.argv[1]); print(type(task).__name__, type(task.task).__name__)"
+    )
+    told = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=True).stdout
+    assert told.split() == [wrap.capitalize(), "Mine"]

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from anyfit.run import Run
     from anyfit.schedule import Schedule
     from anyfit.schema import Column, Schema
+    from anyfit.shrink.export import export
+    from anyfit.shrink.morph import morph
+    from anyfit.shrink.pipeline import shrink
+    from anyfit.shrink.prune import prune
+    from anyfit.shrink.quantize import quantize
+    from anyfit.shrink.resources import resources
     from anyfit.state import State
     from anyfit.strategy import (
         Cyclic,
@@ -104,15 +110,21 @@ _PLACES = {
     "adamw": "task",
     "check": "check",
     "evaluate": "trained",
+    "export": "shrink.export",
     "federate": "federate",
     "fit": "fit",
     "from_hetseq": "adapt.hetseq",
     "from_lightning": "adapt.lightning",
     "from_transformers": "adapt.huggingface",
     "load": "load",
+    "morph": "shrink.morph",
     "open_run": "trained",
     "partition": "data",
     "predict": "trained",
+    "prune": "shrink.prune",
+    "quantize": "shrink.quantize",
+    "resources": "shrink.resources",
+    "shrink": "shrink.pipeline",
     "write_report": "report",
 }
 
@@ -165,15 +177,21 @@ __all__ = [
     "adamw",
     "check",
     "evaluate",
+    "export",
     "federate",
     "fit",
     "from_hetseq",
     "from_lightning",
     "from_transformers",
     "load",
+    "morph",
     "open_run",
     "partition",
     "predict",
+    "prune",
+    "quantize",
+    "resources",
+    "shrink",
     "write_report",
 ]
 

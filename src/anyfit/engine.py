@@ -213,7 +213,7 @@ class Trainer:
         self.private = None if private is None else self._private(private)
 
     def _private(self, steps: PrivateSteps) -> PrivateGradient:
-        if self.task.own("train_step"):
+        if self.task.own_method("train_step"):
             raise TaskError(
                 f"{type(self.task).__name__} has a train_step of its own, which privacy cannot bound; leave train_step out, or fit without"
             )
@@ -277,7 +277,7 @@ class Trainer:
     def use_rows(self, batches: Batches) -> None:
         """Train only those word vectors that the training texts hold, where that is the same."""
         columns = getattr(batches, "columns", None)
-        plain = not self.task.own("train_step") and self.correct is None
+        plain = not self.task.own_method("train_step") and self.correct is None
         plain = plain and self.private is None  # which words are in use is private too: all get noise
         if columns is None or not plain or not self.plan.used_rows or self._tables:
             return
@@ -404,7 +404,7 @@ class Trainer:
 
     def _sum(self, parameters: Sequence[nn.Parameter]) -> float:
         """Add gradients, counts, losses of all workers; the total count. What was stepped since then is known as one Step."""
-        own = self.task.own("train_step")
+        own = self.task.own_method("train_step")
         if own and not self._counts:
             raise TaskError(
                 f"train_step of {type(self.task).__name__} called apply() without backward(step); ranks add what trainer.backward() was given, by "
@@ -607,7 +607,7 @@ class _Window(Sequence[Any]):
 def _window(trainer: Trainer, batches: Batches) -> Sequence[Any]:
     """The batches of the step at hand for this worker. Where all must take part, one without samples computes another's."""
     position, workers = trainer.position, trainer.workers
-    own = trainer.task.own("train_step")
+    own = trainer.task.own_method("train_step")
     share = None if workers.alone else workers.share(position, batches.units(position))
     window: Sequence[Any] = batches.window(position, share)
     trainer._real = len(window)
@@ -656,7 +656,7 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
         except IndexError as error:
             raise _explained(error) from error
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            committed = trainer._reduced > 0 and not task.own("train_step")  # in the optimizer's own step
+            committed = trainer._reduced > 0 and not task.own_method("train_step")  # in the optimizer's own step
             if not _out_of_memory(error) or undo is None or committed:
                 raise
             full = True  # the frames of the error hold tensors until it is over
@@ -702,7 +702,7 @@ def _private_step(trainer: Trainer, batches: Batches) -> tuple[Tensor | None, Co
 
 def _undo(trainer: Trainer) -> Callable[[], None]:
     """What takes back a step that was not committed. An own inner loop may have committed a part, so all is kept for it."""
-    if trainer.task.own("train_step"):
+    if trainer.task.own_method("train_step"):
         state = trainer.snapshot()
 
         def restore() -> None:

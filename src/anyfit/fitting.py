@@ -82,7 +82,7 @@ class Fitting:
         self.steps_per_epoch = self.batches.steps_per_epoch
         if group is not None:
             group.by_rows = getattr(self.batches, "lengths", None) is None
-            group.least = int(task.own("train_step"))  # an own loop takes part with a sample at least
+            group.least = int(task.own_method("train_step"))  # an own loop takes part with a sample at least
             if isinstance(self.batches, Indexed):
                 self.batches.ahead = group.next_share
         self.spending = None if privacy is None else self._private(privacy)
@@ -274,7 +274,7 @@ class Fitting:
         plain = [name for name, metric in (task.metrics(schema) or {}).items() if not isinstance(metric, Metric)]
         if plain:
             yield f"metric {', '.join(plain)} is a plain function: all outputs and targets are held in memory for it"
-        if task.own("evaluate"):
+        if task.own_method("evaluate"):
             return
         with machine.own_random():
             outputs = engine.glance(task, self.trainer.model, self.prepared.batches(split), self.trainer.autocast())

@@ -55,7 +55,7 @@ class Prepared:
             plan = plan.updated(batch_size=plan.batch_size * 4, bucket=False, max_tokens=tokens)
         elif not training:
             plan = plan.updated(bucket=False)
-        augments = training and task.own("augment")
+        augments = training and task.own_method("augment")
         return data.make_batches(
             rows,
             plan,

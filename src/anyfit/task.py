@@ -183,11 +183,11 @@ class Task:
         """Whether a site exchanges this parameter or buffer: by default the parameters that train."""
         return tensor.requires_grad
 
-    def example(self, schema: Schema) -> Any:
+    def example_row(self, schema: Schema) -> Any:
         """One row of zeros without its target, in a batch of 1: what a model is traced with where no data is at hand."""
         return data.example(schema)
 
-    def own(self, method: str) -> bool:
+    def own_method(self, method: str) -> bool:
         """Whether this task replaces a method; a task that wraps another answers for both."""
         return getattr(type(self), method) is not getattr(Task, method)
 

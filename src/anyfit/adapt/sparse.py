@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -352,8 +353,10 @@ class SparseFit:
                 {} if weights is None else start_from(net.model, weights.model if isinstance(weights, State) else weights, weights_partial)
             )
             with tempfile.TemporaryDirectory(prefix="anyfit-") as temporary:
-                trainer, accuracy = self._trained(task, net, prepared, weights is not None, self.models_path or temporary)
-        return self._run(task, net, prepared, trainer, {"evaluate": float(accuracy)}, start)
+                began = time.monotonic()
+                trainer, accuracy, position = self._trained(task, net, prepared, weights is not None, self.models_path or temporary)
+        about = {"seconds": time.monotonic() - began, "trainer": {"evaluate": float(accuracy)}, **({"weights": start} if start else {})}
+        return self._run(task, net, prepared, list(getattr(trainer, "history", ())), position, about)
 
     @staticmethod
     def _check(plan: Mapping[str, Any]) -> None:
@@ -365,7 +368,7 @@ class SparseFit:
                     f"cluster; it takes {', '.join(known)}. Use anyfit.fit for the rest"
                 )
 
-    def _trained(self, task: Task, net: _Asked, prepared: Prepared, reload: bool, models_path: Any) -> tuple[Any, float]:
+    def _trained(self, task: Task, net: _Asked, prepared: Prepared, reload: bool, models_path: Any) -> tuple[Any, float, Position]:
         plan, datasets = prepared.plan, _datasets(net, prepared)
         trainer = self.trainer(
             pruning=self.pruning,
@@ -392,10 +395,10 @@ class SparseFit:
             raise NonFinite(f"train of {_name(self.trainer)} gave weights that are not finite; give a smaller learning_rate")
         net.eval()
         accuracy, _ = trainer.evaluate(net, False)
-        return trainer, accuracy
+        return trainer, accuracy, Position(epochs * batches, epochs, 0)
 
     def _run(
-        self, task: Task, net: _Asked, prepared: Prepared, trainer: Any, figures: Mapping[str, float], start: Mapping[str, Any]
+        self, task: Task, net: _Asked, prepared: Prepared, history: list[dict[str, Any]], position: Position, about: Mapping[str, Any]
     ) -> Run:
         net.to(prepared.device)
         splits = {
@@ -404,13 +407,9 @@ class SparseFit:
         record = record_of("fit", task, net.model, prepared.plan, prepared.schema, prepared.device)
         numbers = {name: value for name, value in self.parameters.items() if isinstance(value, str | int | float | None)}
         record |= {"data": prepared.sources, "trainer": {"class": _name(self.trainer), "parameters": numbers}}
-        state = State(
-            model=clone(dict(net.model.state_dict())),
-            schema=prepared.schema.to_json(),
-            position=Position(len(getattr(trainer, "history", ())), 0, 0),
-        )
-        result = {"stopped": "finished", "splits": splits, "trainer": dict(figures), **({"weights": dict(start)} if start else {})}
-        return Run(task, net.model, state, record, list(getattr(trainer, "history", ())), result)
+        state = State(model=clone(dict(net.model.state_dict())), schema=prepared.schema.to_json(), position=position)
+        result = {"stopped": "finished", "steps": position.step, "epochs": position.epoch, "best": None, "splits": splits, **about}
+        return Run(task, net.model, state, record, history, result)
 
 
 def _name(trainer: Any) -> str:
@@ -446,7 +445,7 @@ class _Asked(nn.Module):
     def forward(self, inputs: Any) -> Any:
         batch = {self._names[0]: inputs} if self._names is not None and len(self._names) == 1 else inputs
         batch = tuple(batch) if isinstance(batch, list) else batch  # as default_collate gives a tuple back
-        if self.training and self._task.own("augment"):
+        if self.training and self._task.own_method("augment"):
             device = first_tensor(batch).device
 
             def uniform(*shape: int) -> Tensor:
@@ -494,7 +493,7 @@ def _rows(net: _Asked, prepared: Prepared, split: str) -> _Rows:
 @contextmanager
 def _constrained(task: Task, model: nn.Module, total: int) -> Iterator[None]:
     """What must hold for the weights of a task (pruned ones stay zero) in a loop that is not ours: around each step of its optimizer."""
-    if not task.own("constrain"):
+    if not task.own_method("constrain"):
         yield
         return
     ours = {id(parameter) for parameter in model.parameters()}

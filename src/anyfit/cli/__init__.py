@@ -294,7 +294,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where the demo's runs go.")] = Path("runs/demo"),
     json: Json = False,
 ) -> None:
-    """The main job on real data: train, kill and resume, federate, evaluate, report."""
+    """The main job on real data: train, kill and resume, federate, evaluate, report, shrink."""
     from anyfit.cli.demo import run_demo
 
     result = run_demo(folder)

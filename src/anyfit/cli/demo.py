@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from anyfit.errors import InputError, RunError
 from anyfit.federate import federate
 from anyfit.load import load
 from anyfit.report import write_report
+from anyfit.run import Run
+from anyfit.shrink.pipeline import shrink
 from anyfit.trained import evaluate
 
 __all__ = ["run_demo"]
@@ -31,7 +34,7 @@ SEED = 1
 
 
 def run_demo(folder: Path) -> dict[str, Any]:
-    """Train, kill and resume, federate, evaluate, report; prints a table and returns it."""
+    """Train, kill and resume, federate, evaluate, report, shrink; prints a table and returns it."""
     if folder.exists() and any(folder.iterdir()) and not (folder / ".demo").exists():
         raise InputError(f"folder (={str(folder)!r}) holds something else; give an empty one with --folder")
     shutil.rmtree(folder, ignore_errors=True)
@@ -42,18 +45,18 @@ def run_demo(folder: Path) -> dict[str, Any]:
     def stage(text: str) -> None:
         sys.stderr.write(f"{text} ...\n")
 
-    stage("1/4 train a small network on 1,797 handwritten digits")
+    stage("1/5 train a small network on 1,797 handwritten digits")
     whole, seconds = _timed(lambda: _train(folder / "whole"))
     rows.append(["trained here", whole["test"]["accuracy"], seconds, 0])
 
-    stage("2/4 train it again, kill it twice with SIGKILL, resume")
+    stage("2/5 train it again, kill it twice with SIGKILL, resume")
     begun = time.monotonic()
     kills = _train_and_kill(folder / "killed", times=2)
     resumed = _train(folder / "killed", "--resume")
     exact = _same(folder / "whole", folder / "killed")
     rows.append([f"killed {kills} times, resumed", resumed["test"]["accuracy"], time.monotonic() - begun, 0])
 
-    stage("3/4 train the same task over four unequal sites that keep their rows")
+    stage("3/5 train the same task over four unequal sites that keep their rows")
     sites, test = _sites(folder)
     run, seconds = _timed(
         lambda: federate(load("image"), sites, rounds=15, epochs=2, batch_size=32, seed=SEED, test=test, run=folder / "federated")
@@ -61,20 +64,24 @@ def run_demo(folder: Path) -> dict[str, Any]:
     moved = run.result["bytes"]["up"] + run.result["bytes"]["down"]
     rows.append([f"federated over {len(sites)} sites", run.splits["test"]["accuracy"], seconds, moved])
 
-    stage("4/4 evaluate what was saved, and write the report")
+    stage("4/5 evaluate what was saved, and write the report")
     again, seconds = _timed(lambda: evaluate(folder / "federated", test))
     rows.append(["federated, read back from disk", again["accuracy"], seconds, 0])
     write_report(folder / "federated")
     report = write_report(folder / "whole")
 
+    stage("5/5 shrink the federated network over the same sites, to int8 and C")
+    small, seconds = _timed(lambda: _shrink(run, sites, test, folder / "shrunk"))
+    rows.append([small["what"], small["accuracy"], seconds, small.pop("bytes_moved")])
+
     if not exact:
         sys.stderr.write("the resumed run differs from the uninterrupted one: this is a defect\n")
     print_table(["what", "accuracy", "seconds", "bytes moved"], rows)
-    print_table(
-        ["", ""], [["resumed weights and log equal the uninterrupted ones, bit for bit", "yes" if exact else "NO"], ["report", str(report)]]
-    )
+    facts = [["resumed weights and log equal the uninterrupted ones, bit for bit", "yes" if exact else "NO"]]
+    facts += [[f"C: {small['flash_bytes']:,} bytes of constants, {small['ram_bytes']:,} of memory", small["checked"]]]
+    print_table(["", ""], [*facts, ["report", str(report)], ["report of the small network", small["report"]]])
     names = ("what", "accuracy", "seconds", "bytes_moved")
-    return {"rows": [dict(zip(names, row, strict=True)) for row in rows], "exact": exact, "report": str(report)}
+    return {"rows": [dict(zip(names, row, strict=True)) for row in rows], "exact": exact, "report": str(report), "shrunk": small}
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -148,3 +155,27 @@ def _sites(folder: Path) -> tuple[dict[str, Source], Source]:
         for name, start, stop in zip(SHARES, bounds, bounds[1:], strict=False)
     }
     return sites, Source(parts["test"])
+
+
+def _shrink(run: Run, sites: Mapping[str, Source], test: Source, folder: Path) -> dict[str, Any]:
+    """Half the channels and int8, trained and calibrated at the sites; exported to C and, where there is a compiler, run over the test rows."""
+    moved = 0
+
+    def count(event: Mapping[str, Any]) -> None:
+        nonlocal moved
+        moved += sum(event.get(name) or 0 for name in ("bytes_up", "bytes_down") if event["event"] == "round")
+
+    options: dict[str, Any] = {"structured": 0.5, "quantize": "int8", "finetune": 2, "batch_size": 32, "export": ("c",), "name": "digits"}
+    done = shrink(run.task, run, sites, test=test, fit=partial(federate, rounds=4), seed=SEED, run=folder, on_event=count, **options)
+    last = done.stages[-1]
+    ran = last.about.get("equal")
+    int8 = next(stage for stage in done.stages if stage.name == "int8")
+    return {
+        "what": "shrunk over the same sites" + (", as compiled C" if ran else ", simulated int8"),
+        "accuracy": (last if ran else int8).value("accuracy"),
+        "bytes_moved": moved,
+        "flash_bytes": last.value("weights_bytes"),
+        "ram_bytes": last.value("ram_bytes"),
+        "checked": f"equal to the integers in {ran['rows']} rows" if ran else last.about["note"],
+        "report": str(folder / "report.html"),
+    }

@@ -87,7 +87,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """An evaluation in parts where all figures are sums; else rank 0 makes it, and the others wait."""
     metrics = None if batches.schema is None else task.metrics(batches.schema)
-    sums = not task.own("evaluate") and all(isinstance(metric, Metric) for metric in (metrics or {}).values())
+    sums = not task.own_method("evaluate") and all(isinstance(metric, Metric) for metric in (metrics or {}).values())
     if not sums or batches.rows is None:
         result: dict[str, Any] = group.first(lambda: engine.evaluate(task, model, batches, autocast()))
         return result

@@ -477,7 +477,7 @@ def example(schema: Schema) -> dict[str, Tensor]:
         found["image"] = torch.zeros(1, *column.shape, dtype=torch.uint8)
     if not found:
         raise DataError(
-            "no row can be made of a schema without numbers, categories or images; define example(self, schema), or give inputs"
+            "no row can be made of a schema without numbers, categories or images; define example_row(self, schema), or give inputs"
         )
     return found
 

@@ -525,7 +525,7 @@ class Federation:
 
     def _constrained(self, before: Tensor, weights: Tensor, round: int) -> Tensor:
         """The next weights as the task wants them: zeros that stay, zeros that come."""
-        if not self.task.own("constrain"):
+        if not self.task.own_method("constrain"):
             return weights
 
         def place(vector: Tensor) -> None:

@@ -37,6 +37,7 @@ from anyfit.errors import InputError
 __all__ = ["HIGH", "LOW", "Array", "Input", "Operation", "Program", "Result", "accumulated", "compute", "requantized"]
 
 LOW, HIGH = -128, 127
+BLOCK = 256  # rows at once: values are 64 bits wide here
 
 Array = NDArray[Any]
 Raw = Literal["uint8", "int8", "uint16", "int32", "float32"]
@@ -108,8 +109,18 @@ class Program:
                     f"raw {given.name!r} is {rows.dtype} {rows.shape[1:]} a row; the network was made for {given.dtype} {given.shape}"
                 )
             values[given.name] = torch.from_numpy(np.array(rows if rows.dtype != np.uint16 else rows.astype(np.int32)))
+        count = len(next(iter(values.values())))
         with torch.no_grad():
-            return self._result(values)
+            parts = [
+                self._result({name: rows[start : start + BLOCK] for name, rows in values.items()})
+                for start in range(0, max(count, 1), BLOCK)
+            ]
+        sums = [part.accumulators for part in parts if part.accumulators is not None]
+        return Result(
+            np.concatenate([part.logits for part in parts]),
+            np.concatenate(sums) if sums else None,
+            np.concatenate([part.answers for part in parts]),
+        )
 
     def _result(self, values: dict[str, Tensor]) -> Result:
         last = self.operations[-1]

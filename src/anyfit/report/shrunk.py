@@ -26,8 +26,6 @@ COSTS = {
     "ram_bytes_in_int8": "RAM in int8",
     "macs": "MACs",
     "latency_us": "µs a row",
-    "code_bytes": "code, bytes",
-    "stack_bytes": "stack, bytes",
 }
 DPI, PAGE = 170, 9.2 / 1024  # of the pictures, and inches of a pixel of the page
 
@@ -129,7 +127,7 @@ def _table(stages: Sequence[Mapping[str, Any]], metric: str) -> Html:
             mark = "≈ " if value is not None and _kind(stage, name) == "estimated" else ""
             shown = value if name == metric or value is None else round(value, 1) if name == "latency_us" else round(value)
             cells.append(tag("td", f"{mark}{spell(shown)}", class_="number"))
-        rows.append(tag("tr", tag("th", stage["stage"], scope="row"), *cells))
+        rows.append(tag("tr", tag("th", stage["stage"], scope="row", class_="nowrap"), *cells))
     return tag("div", tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows)), class_="wide")
 
 
@@ -159,6 +157,6 @@ def _made(records: Records, told: Mapping[str, Any], stages: Sequence[Mapping[st
             )
         if agreement:
             share = number(agreement.get("answers")) or 0.0
-            lines.append(("ONNX against the integers", f"{share:.2%} of {agreement.get('rows'):,} answers equal"))
+            lines.append(("ONNX against the integers", f"{share:.2%} of {spell(agreement.get('rows'))} answers equal"))
     facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in lines]
     return _section("What was written", tag("dl", *facts, class_="facts"))

@@ -150,7 +150,7 @@ def cut(
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     scores = [importance(group, weights) for group in found]
     if scope == "layer":
-        drops = [_rounded(group.size, math.floor(amount * group.size + 0.5), least, multiple) for group in found]
+        drops = [_rounded(group.size, round(amount * group.size), least, multiple) for group in found]
     else:
         drops = _over_all(found, scores, amount, least, multiple)
     counts = []
@@ -224,7 +224,7 @@ def _rounded(size: int, drop: int, least: int, multiple: int) -> int:
     """How many of a group go."""
     left = max(size - drop, min(least, size))
     if multiple > 1:
-        left = max(1, math.floor(left / multiple + 0.5)) * multiple
+        left = max(1, round(left / multiple)) * multiple
         while left < least:
             left += multiple
     return size - min(left, size)
@@ -233,7 +233,7 @@ def _rounded(size: int, drop: int, least: int, multiple: int) -> int:
 def _over_all(found: Sequence[Group], scores: Sequence[Tensor], amount: float, least: int, multiple: int) -> list[int]:
     """How many of each group go, where the least important of all do."""
     total = sum(group.size for group in found)
-    wanted, drops = math.floor(amount * total + 0.5), [0] * len(found)
+    wanted, drops = round(amount * total), [0] * len(found)
     numbers = torch.cat([torch.full((group.size,), index) for index, group in enumerate(found)])
     for index in numbers[torch.cat(list(scores)).argsort(stable=True)].tolist():
         if sum(drops) == wanted:

@@ -125,7 +125,7 @@ def _innermost(task: Task) -> Task:
 
 def _is_table(task: Task, schema: Schema) -> bool:
     """Whether the default preprocessing of columns stands between raw values and the network."""
-    if _innermost(task).own("build_dataset"):
+    if _innermost(task).own_method("build_dataset"):
         texts = schema.of_type("text") if schema.columns else ()
         if texts:
             raise TaskError(

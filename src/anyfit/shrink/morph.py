@@ -66,7 +66,7 @@ def morph(
     load_model(parent, state.model)
     request = {"edit": edit} if isinstance(edit, str) else dict(edit)
     request |= {"layer": layer} if layer is not None else {}
-    child = grow(task, parent, task.example(schema) if batch is None else batch, **request, **options)
+    child = grow(task, parent, task.example_row(schema) if batch is None else batch, **request, **options)
     weights = {name: tensor.detach().clone() for name, tensor in child.model.state_dict().items()}
     morphed = Morphed(task=task, edits=child.edits, label=child.label, parent=weights_hash(state.model))  # type: ignore[arg-type]
     return morphed, State(model=weights, schema=state.schema)

@@ -37,6 +37,7 @@ TYPES = {"float32": 1, "uint8": 2, "int8": 3, "uint16": 4, "int32": 6, "int64": 
 ZERO = 128  # values are uint8 in the graph, 128 more than in the program: on x86 onnxruntime fuses int8 activations only by an option
 TOLERANCE = 1e-4  # of the largest output
 OUTPUT = "logits"
+ROWS = 256  # that are compared at once: a program computes in int64, so activations of many rows would fill the memory
 
 
 def _package(name: str) -> Any:
@@ -202,7 +203,10 @@ def export_int8(program: Program, path: str | Path) -> Path:
 
 def run_onnx(path: str | Path, raw: Mapping[str, Array], threads: int = 1) -> Array:
     """The output of an ONNX file for rows of inputs, (B, ...) by name, through onnxruntime on the CPU."""
-    session = open_session(_door(path), threads)
+    return _computed(open_session(_door(path), threads), path, raw)
+
+
+def _computed(session: Any, path: str | Path, raw: Mapping[str, Array]) -> Array:
     wanted = [given.name for given in session.get_inputs()]
     absent = [name for name in wanted if name not in raw]
     if absent:
@@ -228,20 +232,25 @@ class Agreement:
 
 def check_int8(program: Program, path: str | Path, raw: Mapping[str, Array]) -> Agreement:
     """Compare what onnxruntime computes from an int8 graph with what the program computes, for rows of raw values."""
-    expected = program.run(raw)
-    if not len(expected.logits):
+    rows = len(next(iter(raw.values()), ()))
+    if not rows:
         raise DataError("raw has no rows; give some to compare with")
-    step = program.scales[program.result]
-    exact = expected.logits * step if expected.accumulators is None else expected.accumulators * program.result_scale
-    found = run_onnx(path, raw).reshape(exact.shape)
-    apart = np.abs(found - exact)
-    if program.task == "classes":
-        same = found.argmax(1) == exact.argmax(1)
-    elif program.task == "binary":
-        same = ((found > 0) == (exact > 0)).all(1)
-    else:
-        same = (apart < step).all(1)
-    return Agreement(len(exact), float(same.mean()), float(apart.max() / step))
+    session, step = open_session(_door(path)), program.scales[program.result]
+    same, apart = 0, 0.0
+    for start in range(0, rows, ROWS):
+        part = {name: np.asarray(values)[start : start + ROWS] for name, values in raw.items()}
+        made = program.run(part)
+        expected = made.logits * step if made.accumulators is None else made.accumulators * program.result_scale
+        found = _computed(session, path, part).reshape(expected.shape)
+        between = np.abs(found - expected)
+        apart = max(apart, float(between.max() / step))
+        if program.task == "classes":
+            same += int((found.argmax(1) == expected.argmax(1)).sum())
+        elif program.task == "binary":
+            same += int(((found > 0) == (expected > 0)).all(1).sum())
+        else:
+            same += int((between < step).all(1).sum())
+    return Agreement(rows, same / rows, apart)
 
 
 def _int8(program: Program) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,17 @@ from anyfit.task import Task
 from anyfit.tree import clone, map_tensors
 from anyfit.values import Plan
 
-__all__ = ["FitShaped", "Opened", "first_row", "open_model", "state_of"]
+__all__ = ["FitShaped", "Opened", "first_row", "open_model", "over_sites", "state_of"]
 
 TARGETS = ("target", "labels", "weight")
 
 
 FitShaped = Callable[..., Run]  # what fits a task: `fit`, `federate` with its options filled in, an adapter's
+
+
+def over_sites(fit: FitShaped) -> bool:
+    """Whether a fit is a federation: its data are sites, whose rows nobody else sees."""
+    return "strategy" in inspect.signature(fit).parameters
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Opened:
 
     def row(self, data: Any = None, **source: Any) -> Any:
         """A batch of one row without its target: the first of `data`, or zeros as the schema has them."""
-        return self.task.example(self.schema) if data is None else first_row(next(self.batches(data, 1, **source)))
+        return self.task.example_row(self.schema) if data is None else first_row(next(self.batches(data, 1, **source)))
 
     def batches(self, data: Any, count: int, target: str | None = None, seed: int = 0) -> Iterator[Any]:
         """About `count` training rows in a seeded order, in batches as the model takes them."""

@@ -112,6 +112,8 @@ def shrink(
     row = found.row(training if local else None)
     with _folder(run, _origin(state)) as folder:
         kinds, notes = _rehearsed(asked, found, row, trains=bool(finetune) or not local)
+        if prune and "c" in kinds:
+            notes.append("C stores zeros as it stores other weights: structured makes it smaller and faster, prune does not")
         for note in notes:
             heard.say(note)
         options: dict[str, Any] = {**plan, "seed": seed, "fit": fit, "on_event": heard}

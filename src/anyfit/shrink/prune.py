@@ -8,7 +8,7 @@ from typing import Any, Literal
 from anyfit.errors import InputError, RunError
 from anyfit.fit import fit as fit_here
 from anyfit.shrink.channels import cut
-from anyfit.shrink.opened import FitShaped, open_model, state_of
+from anyfit.shrink.opened import FitShaped, open_model, over_sites, state_of
 from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.edits import apply_edits
@@ -48,7 +48,7 @@ def prune(
     if trains and data is None:
         raise InputError("data is missing: epochs or steps need rows to train on; leave them out to prune at once")
     if structured:
-        row = inputs if inputs is not None else found.row(data if fit is fit_here else None, target=options.get("target"))
+        row = inputs if inputs is not None else found.row(None if over_sites(fit) else data, target=options.get("target"))
         edit = cut(task, found.model, row, amount, scope=scope or "layer", multiple=multiple)
         pruned: Task = Pruned(task=task, kept={name: value for name, value in edit.items() if name != "edit"})
         model = apply_edits(copy.deepcopy(found.model), [edit])

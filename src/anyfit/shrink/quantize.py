@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from anyfit.errors import InputError, TaskError
 from anyfit.fit import fit as fit_here
 from anyfit.program import QuantizedNetwork, describe_row, equalize, magnitudes, ranges_of
 from anyfit.shrink.channels import random_batch
-from anyfit.shrink.opened import FitShaped, Opened, first_row, open_model, state_of
+from anyfit.shrink.opened import FitShaped, Opened, first_row, open_model, over_sites, state_of
 from anyfit.state import State
 from anyfit.strategy import Calibrate
 from anyfit.task import Task
@@ -54,7 +53,7 @@ def quantize(
     _check_columns(found)
     if isinstance(task, Quantized):
         raise TaskError("task is quantized already; give the one within: task.task with its state, or fit this one to train on in int8")
-    federated = "strategy" in inspect.signature(fit).parameters
+    federated = over_sites(fit)
     row = first_row(inputs) if inputs is not None else found.row(None if federated else data, **({} if federated else {"target": target}))
     quantized = Quantized(task=task, inputs=describe_row(row), power_of_two=power_of_two, lr=lr)
     network = QuantizedNetwork(quantized.lowered(found.model), power_of_two=power_of_two)

@@ -177,7 +177,7 @@ def resources(task: Task, model: nn.Module | State | Run, inputs: Any = None) ->
             raise InputError(
                 "inputs (=None) of a model that comes without its schema must be given: one row without its target, as a batch"
             )
-        inputs = task.example(schema)
+        inputs = task.example_row(schema)
     tensor = next(network.parameters(), None)
     if tensor is not None:
         inputs = map_tensors(lambda given: given.to(tensor.device), inputs)

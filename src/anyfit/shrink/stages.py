@@ -257,7 +257,7 @@ def onnx_stage(artifact: Artifact, task: Task, state: State, bench: Bench) -> St
     results = [session.run(None, {name: raw[name][start : start + step] for name in wanted})[0] for start in range(0, count, step)]
     worth: Figures = {}
     tables: dict[str, Any] = {}
-    if not any(task.own(method) for method in ("evaluate", "evaluate_step", "step")):  # else figures come from more than predictions
+    if not any(task.own_method(method) for method in ("evaluate", "evaluate_step", "step")):  # else figures come from more than predictions
         worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), found.schema))
     one = {name: raw[name][:1] for name in wanted}
     figures = _told("measured", weights_bytes=artifact.figures["bytes"], latency_us=_latency(lambda: session.run(None, one)))

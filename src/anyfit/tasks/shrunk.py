@@ -45,8 +45,8 @@ class Shrunk(Task):
         if not isinstance(self.task, Task):
             raise TaskError(f"task (={self.task!r}) of {type(self).__name__} must be a task")
 
-    def own(self, method: str) -> bool:
-        return self.task.own(method)
+    def own_method(self, method: str) -> bool:
+        return self.task.own_method(method)
 
     def classes(self) -> Sequence[type]:
         return (type(self.task), *self.task.classes())
@@ -111,8 +111,8 @@ class Shrunk(Task):
     def shared(self, name: str, tensor: Tensor) -> bool:
         return self.task.shared(name, tensor)
 
-    def example(self, schema: Schema) -> Any:
-        return self.task.example(schema)
+    def example_row(self, schema: Schema) -> Any:
+        return self.task.example_row(schema)
 
 
 class Pruned(Shrunk):
@@ -137,8 +137,8 @@ class Pruned(Shrunk):
         if not 0 <= self.begin <= self.end <= 1:
             raise InputError(f"begin (={self.begin}) and end (={self.end}) must be shares of the training, in this order")
 
-    def own(self, method: str) -> bool:
-        return (method == "constrain" and self.amount > 0) or super().own(method)
+    def own_method(self, method: str) -> bool:
+        return (method == "constrain" and self.amount > 0) or super().own_method(method)
 
     def build_model(self, schema: Schema) -> nn.Module:
         model = super().build_model(schema)
@@ -196,8 +196,8 @@ class Quantized(Shrunk):
     power_of_two: bool = False
     lr: float | None = None
 
-    def own(self, method: str) -> bool:
-        return method in ("shared", "constrain") or (method in ("augment", "collate", "build_dataset") and super().own(method))
+    def own_method(self, method: str) -> bool:
+        return method in ("shared", "constrain") or (method in ("augment", "collate", "build_dataset") and super().own_method(method))
 
     def build_model(self, schema: Schema) -> nn.Module:
         return QuantizedNetwork(self.lowered(super().build_model(schema)), power_of_two=self.power_of_two)
@@ -223,7 +223,7 @@ class Quantized(Shrunk):
 
     def train_step(self, trainer: Trainer, window: Iterable[Any]) -> Step | None:
         for method in ("train_step", "step"):
-            if self.task.own(method):
+            if self.task.own_method(method):
                 raise TaskError(
                     f"{type(self.task).__name__} has a {method} of its own, which a quantized network cannot be trained by; define loss(self, outputs, "
                     "batch), or quantize after training only"
@@ -272,7 +272,9 @@ def zeros_kept(tensors: Sequence[Tensor]) -> Callable[[], None]:
 
 
 def prune_to(tensors: Sequence[Tensor], amount: float, scope: str = "global") -> None:
-    """Set the smallest weights to zero, exactly round(amount x all) of them, those that are zero already among them."""
+    """Set the smallest weights to zero, exactly round(amount x all) of them, those that are zero already among them. The largest of
+    each tensor stays: a layer of zeros alone would pass nothing on.
+    """
     if not tensors:
         raise InputError("the model has no weights that pruning could take (of two dimensions or more, which are no word tables)")
     with torch.no_grad():
@@ -281,7 +283,10 @@ def prune_to(tensors: Sequence[Tensor], amount: float, scope: str = "global") ->
             count = round(amount * sum(sizes))
             if sum(int((tensor == 0).sum()) for tensor in group) >= count:
                 continue
-            magnitudes = torch.cat([tensor.detach().abs().reshape(-1) for tensor in group])
+            parts = [tensor.detach().abs().reshape(-1) for tensor in group]
+            for part in parts:
+                part[part.argmax()] = torch.inf
+            magnitudes = torch.cat(parts)
             smallest = torch.zeros_like(magnitudes, dtype=torch.bool)
             smallest[magnitudes.topk(count, largest=False).indices] = True
             for tensor, part in zip(group, torch.split(smallest, sizes), strict=True):

@@ -113,7 +113,7 @@ class TextTask(Task):
         targets = data.targets_of(table, schema, need_target=split != "predict", balanced=split == "train")
         return {"input_ids": ids, **targets}
 
-    def example(self, schema: Schema) -> Any:
+    def example_row(self, schema: Schema) -> Any:
         return {
             "input_ids": torch.zeros(1, self.max_length, dtype=torch.long),
             "lengths": torch.full((1,), self.max_length),
@@ -240,7 +240,7 @@ class RecurrentClassifier(_Embedded):
         """(B, T, H) states of every real step; what stands at padding is not used."""
         if isinstance(self.rnn, TanhRNN):
             return self.rnn.states(words_BTE).transpose(0, 1)
-        if self.ways == 1:
+        if self.ways == 1 or torch.compiler.is_exporting():  # one row has no padding
             return self.rnn(words_BTE)[0]  # type: ignore[no-any-return]
         packed = nn.utils.rnn.pack_padded_sequence(words_BTE, lengths.cpu(), batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=words_BTE.shape[1])[0]
