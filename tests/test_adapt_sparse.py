@@ -408,7 +408,11 @@ def test_a_trainer_fits_a_task() -> None:
     assert run.stopped == "finished" and run.splits["test"]["accuracy"] > 0.9 and "validation" in run.splits
     assert run.result["trainer"]["evaluate"] == pytest.approx(run.splits["test"]["accuracy"])
     assert run.state.model.keys() == network().state_dict().keys() and run.state.schema == run.record["schema"]
-    assert run.state.position == (4 * 34, 4, 0) and run.result["epochs"] == len(run.history) == 4 and run.record["trainer"]["class"] == "Trainer"
+    assert (
+        run.state.position == (4 * 34, 4, 0)
+        and run.result["epochs"] == len(run.history) == 4
+        and run.record["trainer"]["class"] == "Trainer"
+    )
     assert anyfit.evaluate(run, {"image": images[1200:], "target": labels[1200:]})["accuracy"] == run.splits["test"]["accuracy"]
     again = fit(Digits(), rows(1200), epochs=4, seed=3)
     assert all(torch.equal(run.state.model[name], tensor) for name, tensor in again.state.model.items()), "a seed is a result"

@@ -308,7 +308,7 @@ def test_kernels_are_what_programs_are_defined_to_be(seed: int, tmp_path_factory
 
 
 @pytest.mark.slow
-@settings(max_examples=250, **QUICK)
+@settings(max_examples=100, **QUICK)
 @given(seed=SEEDS)
 def test_many_kernels_are_what_programs_are_defined_to_be(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     check(program_of(seed), tmp_path_factory.mktemp("net"))
@@ -391,7 +391,7 @@ def test_raw_inputs_are_read_as_programs_are_defined(seed: int, tmp_path_factory
 
 
 @pytest.mark.slow
-@settings(max_examples=250, **QUICK)
+@settings(max_examples=100, **QUICK)
 @given(seed=SEEDS)
 def test_many_raw_inputs_are_read_as_programs_are_defined(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     check_raw(raw_program_of(seed), tmp_path_factory.mktemp("net"))

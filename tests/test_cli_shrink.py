@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,6 @@ from anyfit.cli.demo import SEED, _shrink, _sites
 from anyfit.data import Source, read_splits
 from anyfit.errors import InputError, RunError, TaskError
 from anyfit.shrink import compiled
-from anyfit.shrink.pipeline import shrink
 from anyfit.state import State
 from anyfit.tasks.shrunk import Pruned, Quantized
 
@@ -69,14 +70,27 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Made(NamedTuple):
+    path: Path
+    told: Outcome
+
+
 @pytest.fixture(scope="module")
-def small(digits: Path) -> Path:
-    """What half its channels, some zeros and int8 make of it."""
-    task, _ = package.open_run(digits)
-    run = digits.parent / "small"
-    options: dict[str, Any] = {"structured": 0.5, "prune": 0.3, "quantize": "int8", "finetune": 2}
-    shrink(task, digits, "digits", test=0.2, batch_size=32, run=run, **options)
-    return run
+def made(digits: Path) -> Made:
+    """What the command makes of it: half the channels, some zeros, int8, C and ONNX."""
+    command = ["shrink", digits, "--structured", 0.5, "--prune", 0.3, "--quantize", "int8", "--finetune", 2]
+    command += ["--set", "batch_size=32", "--run", digits.parent / "small"]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["anyfit", *map(str, command)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    return Made(digits.parent / "small", Outcome(int(stopped.value.code or 0), out.getvalue(), err.getvalue()))
+
+
+@pytest.fixture
+def small(made: Made) -> Path:
+    return made.path
 
 
 def stages(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -93,21 +107,20 @@ def only_messages(outcome: Outcome, *parts: str) -> None:
 
 
 @needs_cc
-def test_one_command_ends_in_c_that_was_compiled_run_and_compared(anyfit: Command, digits: Path, tmp_path: Path) -> None:
-    done = anyfit("shrink", digits, "--structured", 0.5, "--quantize", "int8", "--finetune", 2, "--set", "batch_size=32", "--run", "o")
+def test_one_command_ends_in_c_that_was_compiled_run_and_compared(made: Made) -> None:
+    done = made.told
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].split() == ["stage", "accuracy", "parameters", "not", "zero", "bytes", "RAM", "MACs", "us/row"]
-    assert [line.split("  ")[0] for line in lines[2:7]] == ["original", "structured 50 %", "int8", "c", "onnx"]
-    c = lines[5].split()
-    int8 = lines[4].split()
+    assert [line.split("  ")[0] for line in lines[2:8]] == ["original", "structured 50 %", "pruned 30 %", "int8", "c", "onnx"]
+    int8, c = lines[5].split(), lines[6].split()
     assert c[1] == int8[1] and float(c[1]) > 0.5, "the C is as good as the integers"
     assert int8[4] == f"~{c[4]}" and int8[5] == f"~{c[5]}", "what was estimated is what was measured"
     assert "in each answer and logit of 355 rows" in done.out
     assert "note: structured 50 %: accuracy" in done.err and "stop: finished" in done.err
-    names = {path.name for path in (tmp_path / "o").iterdir()}
+    names = {path.name for path in made.path.iterdir()}
     assert {"run.json", "result.json", "shrink.json", "memory.png", "tradeoff.png", "report.html", "checkpoints", "export"} <= names
-    assert {path.name for path in (tmp_path / "o/export").iterdir()} == {"image_model.c", "image_model.h", "main.c", "image_model.onnx"}
+    assert {path.name for path in (made.path / "export").iterdir()} == {"image_model.c", "image_model.h", "main.c", "image_model.onnx"}
 
 
 @needs_cc
@@ -349,8 +362,8 @@ def sites_of_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, S
 
 
 def test_sites_train_and_calibrate_and_what_they_moved_is_told(sites_of_demo: Any, tmp_path: Path) -> None:
-    sites, test = sites_of_demo
-    run = package.federate(package.Image(channels=8, hidden=16), sites, rounds=3, epochs=2, batch_size=32, seed=SEED, test=test)
+    sites, test = {name: Source(source.origin.slice(0, 150)) for name, source in sites_of_demo[0].items()}, sites_of_demo[1]
+    run = package.federate(package.Image(channels=8, hidden=16), sites, rounds=5, epochs=3, batch_size=32, seed=SEED, test=test)
     told = _shrink(run, sites, test, tmp_path / "o")
     assert told["accuracy"] > run.splits["test"]["accuracy"] - 0.15 and told["bytes_moved"] > 0
     assert told["checked"] == ("equal to the integers in 355 rows" if compiled.compiler() else "not compiled: no cc")

@@ -84,7 +84,7 @@ def _signature(name: str, value: Any) -> str:
     if inspect.isclass(value):
         return name
     parameters = ", ".join(re.sub(r": .*?(?= = |$)", "", str(p)).replace(" = ", "=") for p in inspect.signature(value).parameters.values())
-    return f"{name}({parameters})"
+    return re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", f"{name}({parameters})")
 
 
 GENERATED = {"commands.md": commands_page, "python.md": python_page}

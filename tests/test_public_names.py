@@ -13,6 +13,7 @@ import pytest
 import anyfit
 
 NAMES = [
+    "Calibrate",
     "Cluster",
     "Column",
     "Cyclic",
@@ -35,10 +36,13 @@ NAMES = [
     "Krum",
     "Limits",
     "Metric",
+    "Morphed",
     "NewtonRaphson",
     "PCA",
     "Partition",
     "Plan",
+    "Pruned",
+    "Quantized",
     "Run",
     "Scaffold",
     "Schedule",
@@ -66,6 +70,7 @@ NAMES = [
     "fit",
     "from_hetseq",
     "from_lightning",
+    "from_sparse",
     "from_transformers",
     "load",
     "morph",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anyfit.adapt.hetseq import from_hetseq
     from anyfit.adapt.huggingface import from_transformers
     from anyfit.adapt.lightning import from_lightning
+    from anyfit.adapt.sparse import from_sparse
     from anyfit.check import check
     from anyfit.cluster import Cluster
     from anyfit.data import Partition, Source, Stream, partition
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from anyfit.shrink.resources import resources
     from anyfit.state import State
     from anyfit.strategy import (
+        Calibrate,
         Cyclic,
         FedAdagrad,
         FedAdam,
@@ -56,12 +58,13 @@ if TYPE_CHECKING:
         TrimmedMean,
     )
     from anyfit.task import Step, Task, adamw
-    from anyfit.tasks import PCA, HuggingFace, Image, Tabular, TextCNN, TextRNN, TextTransformer
+    from anyfit.tasks import PCA, HuggingFace, Image, Morphed, Pruned, Quantized, Tabular, TextCNN, TextRNN, TextTransformer
     from anyfit.trained import evaluate, open_run, predict
     from anyfit.update import Update
     from anyfit.values import File, Plan
 
 _PLACES = {
+    "Calibrate": "strategy",
     "Cluster": "cluster",
     "Column": "schema",
     "Cyclic": "strategy",
@@ -84,10 +87,13 @@ _PLACES = {
     "Krum": "strategy",
     "Limits": "guard",
     "Metric": "metrics",
+    "Morphed": "tasks",
     "NewtonRaphson": "strategy",
     "PCA": "tasks",
     "Partition": "data",
     "Plan": "values",
+    "Pruned": "tasks",
+    "Quantized": "tasks",
     "Run": "run",
     "Scaffold": "strategy",
     "Schedule": "schedule",
@@ -115,6 +121,7 @@ _PLACES = {
     "fit": "fit",
     "from_hetseq": "adapt.hetseq",
     "from_lightning": "adapt.lightning",
+    "from_sparse": "adapt.sparse",
     "from_transformers": "adapt.huggingface",
     "load": "load",
     "morph": "shrink.morph",
@@ -130,6 +137,7 @@ _PLACES = {
 
 __all__ = [
     "PCA",
+    "Calibrate",
     "Cluster",
     "Column",
     "Cyclic",
@@ -152,9 +160,12 @@ __all__ = [
     "Krum",
     "Limits",
     "Metric",
+    "Morphed",
     "NewtonRaphson",
     "Partition",
     "Plan",
+    "Pruned",
+    "Quantized",
     "Run",
     "Scaffold",
     "Schedule",
@@ -182,6 +193,7 @@ __all__ = [
     "fit",
     "from_hetseq",
     "from_lightning",
+    "from_sparse",
     "from_transformers",
     "load",
     "morph",

@@ -107,6 +107,8 @@ def prepare(
         split: {"source": names.get(split, source.name), "rows": data.num_rows(part), "sha256": data.fingerprint(part)}
         for split, part in rows.items()
     }
+    if isinstance(test, float) and "test" in sources:
+        sources["test"]["fraction"] = test
     sources["train"] |= {name: list(given) for name, given in (("missing", source.missing), ("size", source.size)) if given}
     return Prepared(task, final, device, schema, rows, sources, collate, shuffle, tuple(notices), columns)
 

@@ -232,7 +232,8 @@ def _quantize_floats(operation: Operation, raw: Tensor, low: int, high: int) -> 
         if gain.ndim == 1:
             gain, offset = (each.reshape(-1, *[1] * (x.ndim - 2)) for each in (gain, offset))
     scaled = (np.where(missing, np.float32(0), x) * gain).astype(np.float32) + offset
-    scaled = np.clip(scaled.astype(np.float32), np.float32(low), np.float32(high)) + np.float32(128.5)
+    missing |= np.isnan(scaled)
+    scaled = np.clip(np.where(missing, np.float32(0), scaled).astype(np.float32), np.float32(low), np.float32(high)) + np.float32(128.5)
     return torch.from_numpy(np.where(missing, 0, scaled.astype(np.float32).astype(np.int64) - 128))
 
 
@@ -244,7 +245,7 @@ def _add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
 def _concat(operation: Operation, *given: Tensor) -> Tensor:
     multiplier, shift = _wide(operation, "multiplier"), _wide(operation, "shift")
     parts = [requantized(x, m, s, LOW, HIGH) for x, m, s in zip(given, multiplier, shift, strict=True)]
-    return torch.cat(parts, 1 + int(operation.options["axis"]))
+    return torch.cat(parts, 1 + int(operation.options["axis"]) % len(operation.shape))
 
 
 def _maximum(operation: Operation, x: Tensor) -> Tensor:
@@ -317,6 +318,8 @@ def _embedding(operation: Operation, ids: Tensor) -> Tensor:
     table = _wide(operation, "table")
     if "source" in operation.options:
         ids = ids.flatten(1)[:, operation.options["source"]]
+    if not ids.is_floating_point():
+        ids = ids.long()  # a comparison of bytes would wrap the number of rows
     inside = (ids >= 0) & (ids < len(table))  # neither holds for what is not a number
     return table[torch.where(inside, ids, torch.zeros_like(ids)).long()]
 
@@ -324,7 +327,7 @@ def _embedding(operation: Operation, ids: Tensor) -> Tensor:
 def _slice(operation: Operation, x: Tensor) -> Tensor:
     axis, start, step = (int(operation.options[name]) for name in ("axis", "start", "step"))
     count = int(operation.options["count"])
-    return x.index_select(1 + axis, torch.arange(start, start + count * step, step))
+    return x.index_select(1 + axis % len(operation.shape), torch.arange(start, start + count * step, step))
 
 
 _COMPUTE: dict[str, Callable[..., Tensor]] = {

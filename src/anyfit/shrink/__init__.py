@@ -7,6 +7,7 @@ places, calls, c, compiled, onnx, export -> stages, pipeline (all of it, measure
 from anyfit.shrink.channels import keep
 from anyfit.shrink.export import Artifact, export, program_of
 from anyfit.shrink.morph import morph, morphs
+from anyfit.shrink.pipeline import Shrunk, shrink
 from anyfit.shrink.prune import prune, sparsity_of
 from anyfit.shrink.quantize import quantize
 from anyfit.shrink.resources import Resources, resources
@@ -14,6 +15,7 @@ from anyfit.shrink.resources import Resources, resources
 __all__ = [
     "Artifact",
     "Resources",
+    "Shrunk",
     "export",
     "keep",
     "morph",
@@ -22,5 +24,6 @@ __all__ = [
     "prune",
     "quantize",
     "resources",
+    "shrink",
     "sparsity_of",
 ]

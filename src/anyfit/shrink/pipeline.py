@@ -37,7 +37,7 @@ from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.shrunk import Quantized
 from anyfit.tasks.shrunk import Shrunk as Wrapped
-from anyfit.values import write_atomic, write_json
+from anyfit.values import Plan, write_atomic, write_json
 
 __all__ = ["EXPORTS", "Shrunk", "shrink"]
 
@@ -101,6 +101,8 @@ def shrink(
     heard = _Heard(on_event)
     asked = _Asked(structured, prune, quantize, power_of_two, finetune, tuple(export) if export is not None else None, name or _name(task))
     asked.check(task)
+    if plan.get("epochs") is not None:
+        raise InputError(f"epochs (={plan['epochs']}): how long each stage trains is finetune here")
     found = open_model(task, state)
     if found.position.step == 0:
         raise InputError("state is that of an untrained network (step 0); train it first, then shrink it")
@@ -111,7 +113,7 @@ def shrink(
     training = source if local else data
     row = found.row(training if local else None)
     with _folder(run, _origin(state)) as folder:
-        kinds, notes = _rehearsed(asked, found, row, trains=bool(finetune) or not local)
+        kinds, notes = _rehearsed(asked, found, row, trains=bool(finetune or plan.get("steps")) or not local)
         if prune and "c" in kinds:
             notes.append("C stores zeros as it stores other weights: structured makes it smaller and faster, prune does not")
         for note in notes:
@@ -119,25 +121,26 @@ def shrink(
         options: dict[str, Any] = {**plan, "seed": seed, "fit": fit, "on_event": heard}
         if finetune:
             options["epochs"] = finetune
-        first, costs = stage_of("original", task, state_of(found.model, found), bench, row)
-        heard.say(_line(first))
-        stages, now = [first], (task, state_of(found.model, found))
+        stage, costs = stage_of("original", found, bench, row)
+        heard.say(_line(stage))
+        stages, now = [stage], (task, state_of(found.model, found))
         for title, change in _changes(asked, training, calibration, options):
             now = heard.through(change, now)
-            stage, costs = stage_of(title, *now, bench, row)
+            found = open_model(*now)
+            stage, costs = stage_of(title, found, bench, row)
             stages.append(stage)
             heard.say(_line(stage))
         with TemporaryDirectory(prefix="anyfit-export-") as scratch:
             artifacts = []
             for kind in kinds:
                 artifact = export_one(*now, Path(scratch) / f"{asked.name}.{kind}", name=asked.name)
-                stages.append((compiled_stage if kind == "c" else onnx_stage)(artifact, *now, bench))
+                stages.append((compiled_stage if kind == "c" else onnx_stage)(artifact, now[0], found.schema, bench))
                 heard.say(_line(stages[-1]))
                 artifacts.append(artifact)
             done = Shrunk(*now, tuple(stages), tuple(artifacts), None if costs is None else costs.memory(), tuple(notes))
             if folder is not None:
                 record = {"data": sources, "shrink": {**asked.to_json(), "calibration": calibration, "parent": _parent(state)}}
-                done = _written(folder, done, final.updated(seed=seed), record, time.monotonic() - begun)
+                done = _written(folder, done, found, final.updated(seed=seed), record, time.monotonic() - begun)
     if folder is not None:
         from anyfit.report import write_report
 
@@ -375,12 +378,11 @@ def _folder(run: str | Path | None, parent: Path | None) -> Iterator[Folder | No
         folder.close()
 
 
-def _written(folder: Folder, done: Shrunk, plan: Any, more: Mapping[str, Any], seconds: float) -> Shrunk:
+def _written(folder: Folder, done: Shrunk, found: Opened, plan: Plan, more: Mapping[str, Any], seconds: float) -> Shrunk:
     """The run in its folder; run.json comes last, for it is what makes a run of it."""
     path, state = folder.path, done.state
     if state.schema is None:
         state = replace(state, schema=Schema((), None).to_json())
-    found = open_model(done.task, state)
     try:
         artifacts = []
         for artifact in done.artifacts:

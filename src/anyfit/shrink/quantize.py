@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyfit.errors import InputError, TaskError
+from anyfit.errors import InputError, RunError, TaskError
 from anyfit.fit import fit as fit_here
 from anyfit.program import QuantizedNetwork, describe_row, equalize, magnitudes, ranges_of
 from anyfit.shrink.channels import random_batch
@@ -79,6 +79,10 @@ def quantize(
     if any(options.get(name) for name in ("epochs", "steps", "rounds")):
         more = {} if federated or target is None else {"target": target}
         run = fit(quantized, data, weights=dict(result.model), seed=seed, **more, **options)
+        if run.stopped not in ("finished", "patience"):
+            raise RunError(
+                f"training in int8 stopped ({run.stopped}) before its end; train again, or take the state that was quantized without"
+            )
         result = state_of(run.model, run)
     return quantized, result
 

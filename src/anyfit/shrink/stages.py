@@ -25,9 +25,8 @@ from anyfit.program import Program, QuantizedNetwork, entries_of
 from anyfit.schema import Schema
 from anyfit.shrink import compiled, onnx
 from anyfit.shrink.export import RAW, Array, Artifact, program_of, raw_rows
-from anyfit.shrink.opened import Opened, first_row, open_model
+from anyfit.shrink.opened import Opened, first_row
 from anyfit.shrink.resources import Resources, program_resources, resources
-from anyfit.state import State
 from anyfit.task import Step, Task
 from anyfit.tasks.shrunk import Shrunk
 from anyfit.values import Plan
@@ -149,9 +148,9 @@ def _worth(figures: Mapping[str, Any]) -> tuple[Figures, dict[str, Any]]:
 # ------------------------------------------------------------------ a task with its weights
 
 
-def stage_of(name: str, task: Task, state: State, bench: Bench, row: Any) -> tuple[Stage, Resources | None]:
+def stage_of(name: str, found: Opened, bench: Bench, row: Any) -> tuple[Stage, Resources | None]:
     """A task with its weights, in floats or in simulated int8. `row`: a batch of one row without its target."""
-    found = open_model(task, state)
+    task = found.task
     int8 = isinstance(found.model, QuantizedNetwork)
     costs, note = _costs(task, found, row)
     figures: Figures
@@ -170,9 +169,10 @@ def stage_of(name: str, task: Task, state: State, bench: Bench, row: Any) -> tup
         figures = _told("measured", **counts)
     if not int8:  # simulated int8 is no measure of anything that runs
         with torch.no_grad():
-            figures |= _told("measured", latency_us=_latency(lambda: found.task.predict(found.model, row)))
+            figures |= _told("measured", latency_us=_latency(lambda: task.predict(found.model, row)))
     device = machine.pick_device(bench.plan.device)
     worth, tables = _worth(bench.evaluate(task, found.model.to(device), found.schema, device))
+    found.model.to("cpu")
     return Stage(name, "int8" if int8 else "float", worth, figures, tables, {"note": note} if note else {}), costs
 
 
@@ -206,15 +206,14 @@ def _latency(predict: Callable[[], object]) -> float:
 # ------------------------------------------------------------------ what was exported
 
 
-def compiled_stage(artifact: Artifact, task: Task, state: State, bench: Bench) -> Stage:
+def compiled_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench) -> Stage:
     """The C, compiled and run over all rows: each answer and each logit must be that of the integer program. Without a compiler, as planned."""
     program, told = artifact.program, artifact.figures
     assert program is not None
     bytes_of = {"weights_bytes": told["flash_bytes"], "ram_bytes": told["ram_bytes"]}
     if not told["compiled"]:
         return Stage("c", "c", {}, _told("estimated", **bytes_of), about={"note": "not compiled: no cc"})
-    found = open_model(task, state)
-    raw = bench.raw(program, task, found.schema)
+    raw = bench.raw(program, task, schema)
     expected = program.run(raw)
     rows = len(expected.logits)
     with TemporaryDirectory(prefix="anyfit-c-") as folder:
@@ -231,7 +230,7 @@ def compiled_stage(artifact: Artifact, task: Task, state: State, bench: Bench) -
     if expected.accumulators is not None:  # equal answers say that they were equal
         real = expected.accumulators * program.result_scale
     shape = (rows, *program.operations[-1].shape)
-    worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(real).float().reshape(shape)), found.schema))
+    worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(real).float().reshape(shape)), schema))
     beside = {"code_bytes": told["text_bytes"], "stack_bytes": told["stack_bytes"], "latency_us": ran.microseconds}
     about = {
         "compiler": f"{told['compiler']}: bytes with {' '.join(told['flags'])}, latency with -O2",
@@ -240,14 +239,14 @@ def compiled_stage(artifact: Artifact, task: Task, state: State, bench: Bench) -
     return Stage("c", "c", worth, _told("measured", **bytes_of, **beside), tables, about)
 
 
-def onnx_stage(artifact: Artifact, task: Task, state: State, bench: Bench) -> Stage:
+def onnx_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench) -> Stage:
     """The ONNX file, run by onnxruntime over all rows."""
-    found, session = open_model(task, state), onnx.open_session(artifact.path)
+    session = onnx.open_session(artifact.path)
     wanted = [given.name for given in session.get_inputs()]
     if artifact.program is not None:
-        raw = bench.raw(artifact.program, task, found.schema)
+        raw = bench.raw(artifact.program, task, schema)
     else:
-        parts = [entries_of(first_rows) for first_rows in map(_without_target, bench.batches(task, found.schema))]
+        parts = [entries_of(first_rows) for first_rows in map(_without_target, bench.batches(task, schema))]
         raw = {name: np.concatenate([part[name].cpu().numpy() for part in parts]) for name in wanted if name in parts[0]}
     absent = [name for name in wanted if name not in raw]
     if absent:
@@ -258,7 +257,7 @@ def onnx_stage(artifact: Artifact, task: Task, state: State, bench: Bench) -> St
     worth: Figures = {}
     tables: dict[str, Any] = {}
     if not any(task.own_method(method) for method in ("evaluate", "evaluate_step", "step")):  # else figures come from more than predictions
-        worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), found.schema))
+        worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), schema))
     one = {name: raw[name][:1] for name in wanted}
     figures = _told("measured", weights_bytes=artifact.figures["bytes"], latency_us=_latency(lambda: session.run(None, one)))
     about: dict[str, Any] = {"int8": artifact.program is not None}

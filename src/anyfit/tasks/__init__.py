@@ -3,10 +3,11 @@
 from anyfit.tasks.hf import HuggingFace
 from anyfit.tasks.image import Image
 from anyfit.tasks.pca import PCA
+from anyfit.tasks.shrunk import Morphed, Pruned, Quantized
 from anyfit.tasks.tabular import Tabular
 from anyfit.tasks.text import TextCNN, TextRNN, TextTransformer
 
-__all__ = ["PCA", "READY", "HuggingFace", "Image", "Tabular", "TextCNN", "TextRNN", "TextTransformer"]
+__all__ = ["PCA", "READY", "HuggingFace", "Image", "Morphed", "Pruned", "Quantized", "Tabular", "TextCNN", "TextRNN", "TextTransformer"]
 
 # What the command line knows by a short name.
 READY = {
