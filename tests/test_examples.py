@@ -32,15 +32,17 @@ CLAIMS = {
         r"23,729 times less\nBert +accuracy (0\.\d+) +1,568 bytes.*\nEverything +accuracy \1 +1,\d{3},\d{3} bytes",
         ("{data}/trec",),
     ),
+    "tiny_mnist.py": (r"accuracy 0\.9[7-9]", ("{data}/mnist", "--epochs", "1", "--finish", "1")),
     "heart_disease.py": (r"single-site model at 4 of 4 hospitals", ("{data}/heart-disease/heart_disease_all_sites.csv",)),
 }
+SLOW = ("tiny_mnist.py",)
 
 
 def test_every_example_is_tested() -> None:
     assert {path.name for path in FOLDER.glob("*.py")} == set(CLAIMS)
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CLAIMS])
 def test_an_example_shows_what_it_claims(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     claim, given = CLAIMS[name]
     needs_data = any("{data}" in argument for argument in given)

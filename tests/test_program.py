@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anyfit.errors import InputError, StateError, TaskError
+from anyfit.errors import DataError, InputError, StateError, TaskError
 from anyfit.program import QuantizedNetwork, describe_row, equalize, lower, magnitudes, ranges_of, row_of, trace
 from anyfit.program.network import _fixed
 from anyfit.program.operations import requantized
@@ -323,3 +323,145 @@ def test_requantizing_rounds_half_up() -> None:
         multiplier, shift = _fixed(ratio)
         assert 0 < multiplier < 2**31 and 0 <= shift <= 62
         assert multiplier / 2**shift == pytest.approx(ratio, rel=1e-8)
+
+
+# ------------------------------------------------- what was wrong once
+
+
+def compared(model: nn.Module, batch: Any, noise: float = 0.06, equal: bool = False) -> QuantizedNetwork:
+    """Layers compute what the model computes, and int8 nearly so."""
+    network = lowered(model, batch[:1] if isinstance(batch, Tensor) else {name: part[:1] for name, part in batch.items()})
+    with torch.no_grad():
+        expected = model.eval()(batch)
+        calibrated(network, batch)
+        if equal:
+            equalize(network)
+        floats = network.float_values(batch)[network.plan.result].reshape(expected.shape)
+        assert torch.allclose(floats, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        given = network(batch)
+    assert float((given - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9)) < noise
+    return network
+
+
+def test_a_bound_on_the_result_holds_in_integers() -> None:
+    torch.manual_seed(1)
+    batch = torch.randn(60, 4)
+    for bound in (nn.ReLU(), nn.Hardtanh(-0.1, 0.1)):
+        model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1), bound)
+        network = compared(model, batch, 0.1)
+        assert not network.program().accumulates
+        with torch.no_grad():
+            assert float(network(batch).min()) >= float(model(batch).min()) - 0.01
+
+
+def test_equalizing_keeps_layers_on_rows() -> None:
+    torch.manual_seed(1)
+    compared(head(4 * 9 * 5, lambda m, x: m.b(m.a(x).relu()), a=Conv(3, 4, 1), b=nn.Linear(8, 5)), images(), equal=True)
+    compared(head(3 * 9 * 5, lambda m, x: m.b(m.a(x).relu()).relu(), a=nn.Linear(8, 3), b=nn.Linear(3, 5)), images(), equal=True)
+
+
+def test_sums_never_leave_an_accumulator() -> None:
+    torch.manual_seed(1)
+    model = nn.Linear(150_528, 2)
+    with torch.no_grad():
+        model.weight.uniform_(0.99, 1.0)
+    batch = torch.rand(3, 150_528) * 0.01 + 0.99
+    network = lowered(model, batch[:1])
+    calibrated(network, batch)
+    constants = network.program().operations[-1].constants
+    largest = np.abs(constants["weight"].astype(np.int64)).sum(1) * 128 + np.abs(constants["bias"].astype(np.int64))
+    assert int(largest.max()) < 2**31
+    result = network.program().run({"input": batch.numpy()})
+    assert np.allclose(result.accumulators * network.program().result_scale, network(batch).numpy())
+    with torch.no_grad():
+        assert torch.allclose(network(batch), model(batch), rtol=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_values_of_any_size_have_ranges(scale: float) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].bias.mul_(scale)
+        model[2].bias.mul_(scale)
+    compared(model, torch.randn(50, 4) * scale)
+
+
+def test_a_layer_that_is_dead_on_the_rows_is_a_layer_still() -> None:
+    torch.manual_seed(1)
+    model = head(3 * 9 * 8, lambda m, x: m.a(x).relu() + m.b(x).relu() + x, a=Conv(3, 3, 1), b=Conv(3, 3, 1))
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.weight.zero_()
+            layer.bias.fill_(-1)
+    compared(model, images())
+
+
+def test_names_of_layers_never_meet() -> None:
+    torch.manual_seed(1)
+    conv = nn.Sequential(nn.Identity(), Conv(3, 3, 1))
+    model = head(
+        3 * 9 * 8,
+        lambda m, x: m.fc_2(m.conv_1(m.conv(x)).relu() + m.keys(m.conv(x))),
+        conv=conv,
+        conv_1=Conv(3, 3, 1),
+        keys=Conv(3, 3, 1),
+        fc_2=Conv(3, 3, 1),
+    )
+    compared(model, images())
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x).relu() * 2
+    return y + y  # type: ignore[no-any-return]
+
+
+def beside(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    return m.d(functional.pad(y, (1, 1, 1, 1))) + y  # type: ignore[no-any-return]
+
+
+def test_folding_in_branches() -> None:
+    torch.manual_seed(1)
+    compared(head(3 * 9 * 8, twice, c=Conv(3, 3, 1)), images())
+    compared(head(3 * 9 * 8, beside, c=Conv(3, 3, 1), d=Conv(3, 3, 3)), images())
+    with pytest.raises(TaskError, match=r"pad .*fold into convolutions only"):
+        lowered(head(3 * 11 * 10, lambda m, x: functional.pad(m.c(x), (1, 1, 1, 1)), c=Conv(3, 3, 1)), images(1))
+    for sizes in ((-1, 0, 0, 0), (0, 0, 0, 0, 0, 1)):
+        channels, width = 3 + (len(sizes) > 4), 8 + sizes[0]
+        model = head(3 * 9 * width, lambda m, x, sizes=sizes: m.d(functional.pad(m.c(x), sizes)), c=Conv(3, 3, 1), d=Conv(channels, 3, 1))
+        with pytest.raises(TaskError, match="only zeros around images"):
+            lowered(model, images(1))
+    bounded = head(
+        27 * 4, lambda m, x: m.r(x.reshape(-1, 27, 8) * 0.3)[0].clamp(0, 0.2), r=nn.RNN(8, 4, nonlinearity="relu", batch_first=True)
+    )
+    compared(bounded, images(), 0.12)
+
+
+def test_entries_have_any_name() -> None:
+    torch.manual_seed(1)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return (self.a(batch["my input-a"]) + self.b(batch["1"])).relu()
+
+    network = compared(Named(), {"my input-a": torch.randn(40, 3), "1": torch.randn(40, 2)})
+    assert [given.name for given in network.program().inputs] == ["my input-a", "1"]
+    for batch in ({"input": torch.zeros(1, 3)}, {"input0": torch.zeros(1, 3)}):
+        assert isinstance(row_of(describe_row(batch)), dict)
+
+
+def test_rows_that_are_not_finite_are_refused() -> None:
+    network = lowered(MODELS["conv"](), images(1))
+    with pytest.raises(DataError, match="not finite"):
+        magnitudes(network, images() * float("nan"))
+
+
+def test_a_trace_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TaskError, match="cannot be traced"):
+        lowered(Module(lambda m, x: m.h(x.flatten(1)) if x.sum() > 0 else x.flatten(1), h=nn.Linear(216, 3)), images(1))
+    assert capfd.readouterr().err == ""

@@ -17,19 +17,20 @@ from ranks import Ranks, alone, apart, learn
 from torch import Tensor, nn
 
 from anyfit.data import Source
-from anyfit.errors import InputError, RunError, TaskError
+from anyfit.errors import InputError, RunError, StateError, TaskError
 from anyfit.federate import federate
 from anyfit.fit import fit
 from anyfit.load import load
+from anyfit.privacy import SitePrivacy
 from anyfit.program import QuantizedNetwork
 from anyfit.schema import Schema
-from anyfit.shrink import compiled, export, program_of, prune, quantize, sparsity_of
+from anyfit.shrink import compiled, export, morph, program_of, prune, quantize, resources, sparsity_of
 from anyfit.shrink.export import raw_rows
 from anyfit.shrink.opened import open_model, state_of
 from anyfit.state import State
-from anyfit.strategy import Calibrate, FedAdam
+from anyfit.strategy import Calibrate, FedAdam, FedAvg
 from anyfit.task import Step, Task
-from anyfit.tasks.shrunk import Pruned, Quantized, prunable, prune_to, zeros_kept
+from anyfit.tasks.shrunk import Morphed, Pruned, Quantized, prunable, prune_to, zeros_kept
 from anyfit.trained import evaluate, open_run
 from anyfit.values import Plan
 
@@ -438,3 +439,108 @@ def test_ranks_of_processes_find_a_task_within_a_task(wrap: str, tmp_path: Path)
     )
     told = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=True).stdout
     assert told.split() == [wrap.capitalize(), "Mine"]
+
+
+# ------------------------------------------------- what was wrong once
+
+
+class Shifted(Small):
+    """`predict` gives other units than those that the loss is of."""
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return super().predict(model, batch) * 1e3 + 5e3
+
+
+def test_a_predict_of_its_own_cannot_be_trained_in_int8() -> None:
+    task, state = trained(Shifted(), points(), seed=1)
+    assert correct(*quantize(task, state, points()), points()) > 0.6
+    with pytest.raises(TaskError, match="predict of Shifted gives something else than forward"):
+        quantize(task, state, points(), epochs=1)
+
+
+class Averaged(Small):
+    """An own loop that puts an average of the weights in place after each step."""
+
+    def train_step(self, trainer: Any, window: Any) -> Step | None:
+        step = super().train_step(trainer, window)
+        with torch.no_grad():
+            for name, weight in trainer.model.named_parameters():
+                mean = self.means.setdefault(name, torch.ones_like(weight) * 0.01)
+                mean.lerp_(weight, 0.5)
+                weight.copy_(mean)
+        return step
+
+    means = {}  # noqa: RUF012 - no field: it has no annotation
+
+
+def test_weights_that_are_moved_after_a_step_are_held_too() -> None:
+    Averaged.means.clear()
+    run = fit(Pruned(task=Averaged(), amount=0.8), points(), seed=1, epochs=4)
+    assert sparsity_of(run.model) == pytest.approx(0.8, abs=0.002)
+
+
+def test_personal_layers_of_a_pruned_task_are_refused() -> None:
+    with pytest.raises(InputError, match=r"personal layers .* zero"):
+        federate(Pruned(task=Small(), amount=0.8), {"a": points(60, 1), "b": points(60, 2)}, rounds=2, strategy=FedAvg(personal=("4.*",)))
+
+
+def test_site_privacy_leaves_ranges_as_they_are(small: tuple[Task, State]) -> None:
+    task, state = quantize(*small, points())
+    sites = {f"s{index}": points(40, index) for index in range(4)}
+    privacy = SitePrivacy(noise_multiplier=1.0, clip=1.0, delta=1e-3)
+    run = federate(task, sites, rounds=2, batch_size=16, weights=dict(state.model), privacy=privacy, seed=1)
+    assert torch.equal(run.model.ranges, state.model["ranges"])
+
+
+def test_calibrating_leaves_the_folder_to_the_training(small: tuple[Task, State], tmp_path: Path) -> None:
+    sites = {"a": points(60, 1), "b": points(40, 2)}
+    task, _ = quantize(*small, sites, fit=partial(federate, run=tmp_path / "run", compress="int8", batch_size=16), rounds=2)
+    assert type(open_run(tmp_path / "run")[0]) is type(task)  # and no inputs were needed: there is one
+
+
+def test_a_child_can_be_quantized_and_exported(small: tuple[Task, State], tmp_path: Path) -> None:
+    task, state = morph(*small, "wider", "0", width=24, batch=points()[0][:1])
+    assert isinstance(task, Morphed) and task.label == "exact"
+    artifact = export(*quantize(task, state, points()), tmp_path / "wide.c")
+    assert (tmp_path / "wide.c").exists() and artifact.figures["ram_bytes"] > 0
+    assert "array" not in repr(artifact)
+    assert resources(task, state, points()[0][:1]).parameters > resources(*small, points()[0][:1]).parameters
+
+
+def test_what_is_quantized_is_neither_cut_nor_morphed(small: tuple[Task, State]) -> None:
+    task, state = quantize(*small, points())
+    with pytest.raises(TaskError, match="prune comes before"):
+        prune(task, state, points(), 0.5, structured=True)
+    with pytest.raises(TaskError, match="morph comes before"):
+        morph(task, state, "wider", "0", width=24)
+    assert resources(task, state).parameters > 0
+
+
+def test_options_that_mean_nothing_are_refused(small: tuple[Task, State]) -> None:
+    for call in (lambda: prune(*small, points(), 0.5, epoch=3), lambda: quantize(*small, points(), nope=1)):
+        with pytest.raises(InputError, match="is an option of training, and nothing is trained"):
+            call()
+    for wrong in ({"ramp": "foo"}, {"scope": "foo"}):
+        with pytest.raises(InputError, match=r"\(='foo'\) must be one of"):
+            Pruned(task=small[0], amount=0.5, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"amount \(='0.5'\)"):
+        prune(*small, points(), "0.5")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"calibration \(='x'\)"):
+        quantize(*small, points(), calibration="x")  # type: ignore[arg-type]
+    broken = {name: tensor * float("nan") for name, tensor in small[1].model.items()}
+    with pytest.raises(StateError, match="not finite"):
+        quantize(small[0], State(model=broken, position=small[1].position), points())
+
+
+def test_no_layer_is_pruned_to_nothing(small: tuple[Task, State]) -> None:
+    with pytest.raises(InputError, match=r"leave nothing of 4.weight"):
+        prune(small[0], small[1], amount=0.99, scope="layer")
+    with pytest.raises(InputError, match="fewer than one"):
+        prune(small[0], small[1], amount=0.999)
+    task, state = prune(small[0], small[1], amount=0.98)
+    assert all(bool(weight.any()) for weight in prunable(open_model(task, state).model).values())
+
+
+def test_what_a_weight_is_computed_from_is_not_pruned() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Linear(8, 3))
+    assert list(prunable(model)) == ["1.weight"]

@@ -207,6 +207,7 @@ class Trainer:
         self._committing = False
         self._taken: set[int] = set()  # batches of the window since the last backward
         self._expected = self._real = 0  # batches of the window, and those that are this worker's own
+        self._constraint: Callable[[], None] | None = None  # what the task wants done once weights were changed
         self._reduced = 0  # of `steps`, how many are sums over all workers
         self.dropout: ExactDropout | None = None  # while `train` runs, where the plan asks for it
         self.notices: list[str] = []  # what the user should know of the steps
@@ -388,12 +389,10 @@ class Trainer:
             self._scale(parameters, self.nominal / total)
         progress = None if self.total is None else min(1.0, (self.position.step + 1) / max(self.total, 1))
         with torch.no_grad():
-            restore = self.task.constrain(self._model, progress)
+            self._constraint = self.task.constrain(self._model, progress)
         for optimizer_name in names:
             self._commit(optimizer_name)
-        if restore is not None:
-            with torch.no_grad():
-                restore()
+        self.hold()
         if self.scaler is not None:
             self.scaler.update()
         if self.plan.precision != "fp32":
@@ -448,6 +447,12 @@ class Trainer:
                 optimizer.step()
         finally:
             self._committing = False
+
+    def hold(self) -> None:
+        """What the task says must hold for the weights after a step."""
+        if self._constraint is not None:
+            with torch.no_grad():
+                self._constraint()
 
     def forget(self) -> None:
         """Drop gradients and counts of a step that will be tried again or given up."""
@@ -678,6 +683,8 @@ def _step(trainer: Trainer, task: Task, batches: Batches) -> tuple[Tensor | None
         trainer.dropout.done()
     if trainer._counts:
         raise TaskError(f"train_step of {type(task).__name__} ended after backward() without apply(); call trainer.apply()")
+    if task.own_method("train_step"):  # which may have changed weights after apply() too
+        trainer.hold()
     steps, trainer.steps = trainer.steps, []
     workers.stepped()
     return _joined(steps)

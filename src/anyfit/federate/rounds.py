@@ -186,6 +186,13 @@ class Federation:
                 f"{next(iter(averaged))} would leave each site beside its noisy weights; under site privacy use a layer without batch statistics "
                 "(GroupNorm), or batch_statistics='local'"
             )
+        home = self.strategy.stays(self.model)
+        personal = next((name for name, tensor in self.model.named_parameters() if name in home and tensor.dim() > 1), None)
+        if personal is not None and self.task.own_method("constrain"):
+            raise InputError(
+                f"personal layers ({personal}) stay at each site, where nobody could decide which of their weights become zero; leave personal out, "
+                f"or train a task without {type(self.task).__name__}"
+            )
         self.strategy.sends(self.layout)
         self.expected = {"frozen": hash_of(frozen), "layout": self.layout.hash() + self.buffers.hash()}
         self.memory: dict[str, Tensor] = {}
@@ -525,7 +532,7 @@ class Federation:
 
     def _constrained(self, before: Tensor, weights: Tensor, round: int) -> Tensor:
         """The next weights as the task wants them: zeros that stay, zeros that come."""
-        if not self.task.own_method("constrain"):
+        if not self.task.own_method("constrain") or not self.strategy.trains:
             return weights
 
         def place(vector: Tensor) -> None:

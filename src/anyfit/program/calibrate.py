@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyfit.errors import DataError
 from anyfit.program.lower import FILTERS, Layer
 from anyfit.program.network import QuantizedNetwork
 
 __all__ = ["BINS", "equalize", "magnitudes", "ranges_of"]
 
-BINS, FIRST, PER_OCTAVE = 768, -24, 16  # from 2^-24 to 2^24, each 4.4 % wide
+BINS, FIRST, PER_OCTAVE = 1536, -48, 16  # from 2^-48 to 2^48, each 4.4 % wide
 WIDEST = 2.0**8  # by which a channel is scaled at most
 
 
@@ -21,6 +22,8 @@ def magnitudes(network: QuantizedNetwork, batch: Any) -> Tensor:
     values = network.float_values(batch)
     found = torch.zeros(len(network.ranges), BINS, dtype=torch.float64)
     for name, place in network.places.items():
+        if not bool(torch.isfinite(values[name]).all()):
+            raise DataError(f"{name!r} is not finite (NaN or infinite) on the rows that ranges are measured on; leave such rows out")
         channels = place.stop - place.start
         rows = values[name].detach().abs().double().cpu().reshape(values[name].shape[0], channels, -1).transpose(0, 1).reshape(channels, -1)
         bins = ((torch.log2(rows.clamp(min=2.0 ** (FIRST - 1))) - FIRST) * PER_OCTAVE).floor().clamp(0, BINS - 1).long()
@@ -53,13 +56,15 @@ def _pairs(network: QuantizedNetwork) -> Any:
             users.setdefault(name, []).append(layer)
     for first in network.plan.layers:
         low, high = first.options.get("bounds", (-float("inf"), float("inf")))
-        if first.kind not in FILTERS or low not in (0.0, -float("inf")) or high != float("inf") or len(first.shape) not in (1, 3):
+        if first.kind not in FILTERS or low not in (0.0, -float("inf")) or high != float("inf"):
+            continue
+        if first.kind == "linear" and len(first.shape) != 1:
             continue
         values, at = [first.output], first
         while len(following := users.get(at.output, [])) == 1:
             at = following[0]
             if at.kind in FILTERS:
-                if at.inputs[0] == values[-1]:
+                if at.kind == "conv" or len(at.shape) == 1:  # a linear layer on rows sums over another dimension
                     yield first, values, at
                 break
             scaling = at.kind in ("maximum", "average") or (at.kind == "reshape" and _keeps_channels(first, at))

@@ -63,15 +63,19 @@ class Layers:
 
 def describe_row(batch: Any) -> list[dict[str, Any]]:
     """Names, types and shapes of a batch's entries (without its target), as JSON."""
-    return [{"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])} for n, t in entries_of(batch).items()]
+    named = {"named": True} if isinstance(batch, Mapping) else {}
+    return [
+        {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:]), **named}
+        for name, tensor in entries_of(batch).items()
+    ]
 
 
 def row_of(inputs: Sequence[Mapping[str, Any]]) -> Any:
     """A batch of one row of zeros that `describe_row` has described."""
     found = {str(e["name"]): torch.zeros(1, *e["shape"], dtype=getattr(torch, str(e["dtype"]))) for e in inputs}
-    if set(found) == {"input"}:
+    if set(found) == {"input"} and not inputs[0].get("named"):
         return found["input"]
-    if all(name.removeprefix("input").isdigit() for name in found):
+    if all(name.removeprefix("input").isdigit() for name in found) and not inputs[0].get("named"):
         return tuple(found.values())
     return found
 
@@ -599,7 +603,8 @@ class _Lowering:
         return self._layer("reshape", node, [part], (width,))
 
     def _pad(self, node: fx.Node, a: Mapping[str, Any], shape: tuple[int, ...]) -> str:
-        if a.get("mode", "constant") != "constant" or a.get("value") not in (None, 0, 0.0) or len(shape) != 3:
+        zeros = a.get("mode", "constant") == "constant" and a.get("value") in (None, 0, 0.0)
+        if not zeros or len(shape) != 3 or min(a["pad"]) < 0 or any(a["pad"][4:]):
             raise self.refused(node, "pad", "only zeros around images fold into the convolution that follows")
         sizes = [*a["pad"], 0, 0, 0, 0][:4]
         return self._layer("pad", node, [self._value(a["self"])], shape, {}, padding=[sizes[2], sizes[0], sizes[3], sizes[1]])
@@ -640,9 +645,18 @@ class _Lowering:
         before = self._maker(layer.inputs[0])
         if layer.kind == "add":
             return any(self._fold_coefficient(layer, place) for place in (0, 1))
+        if layer.kind == "pad":
+            users = self._users(layer.output)
+            if any(user.kind != "conv" for user in users) or layer.output == self.result:
+                raise TaskError(f"pad (layer {layer.name!r}) has no int8 form: its zeros fold into convolutions only")
+            for user in users:
+                user.options["padding"] = [a + b for a, b in zip(user.options["padding"], layer.options["padding"], strict=True)]
+                user.inputs = [layer.inputs[0]]
+            self.layers.remove(layer)
+            return True
         if before is None or len(self._users(before.output)) > 1 or before.output == self.result:
             return False
-        if layer.kind == "clamp" and (before.kind in (*FILTERS, "add", "clamp") or (before.kind == "rnn" and not before.options["tanh"])):
+        if layer.kind == "clamp" and before.kind in (*FILTERS, "add", "clamp"):
             low, high = before.options.get("bounds", (-math.inf, math.inf))
             bounds = [min(max(edge, layer.options["bounds"][0]), layer.options["bounds"][1]) for edge in (low, high)]
             return self._replace(layer, before, bounds=bounds)
@@ -655,15 +669,6 @@ class _Lowering:
                 self.shapes[state] = (width,)
                 return True
             return False
-        if layer.kind == "pad":
-            users = self._users(layer.output)
-            if any(user.kind != "conv" for user in users):
-                raise TaskError(f"pad (layer {layer.name!r}) has no int8 form: its zeros fold into convolutions only")
-            for user in users:
-                user.options["padding"] = [a + b for a, b in zip(user.options["padding"], layer.options["padding"], strict=True)]
-                user.inputs = [layer.inputs[0]]
-            self.layers.remove(layer)
-            return True
         return False
 
     def _replace(self, layer: Layer, before: Layer, **options: Any) -> bool:
@@ -713,8 +718,6 @@ class _Lowering:
     def _fold_coefficient(self, layer: Layer, place: int) -> bool:
         before = self._maker(layer.inputs[place])
         if before is None or before.kind != "affine" or not self._scalar_into(layer, before) or before.output == self.result:
-            return False
-        if layer.inputs[0] == layer.inputs[1]:
             return False
         layer.options["coefficients"][place] *= float(before.weights["scale"])
         layer.inputs[place] = before.inputs[0]

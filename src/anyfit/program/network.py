@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anyfit.errors import StateError, TaskError
+from anyfit.errors import DataError, StateError, TaskError
 from anyfit.program.lower import Layer, Layers, entries_of
 from anyfit.program.operations import HIGH, LOW, Input, Operation, Program, accumulated, compute
 
@@ -41,13 +41,26 @@ class _Weights(nn.Module):
                 self.register_buffer(name, tensor)
 
 
+def _keys(layers: Iterable[Layer]) -> dict[str, str]:
+    """By output, a name for the weights of each layer that no other has, nor a ModuleDict itself."""
+    taken, found = set(dir(nn.ModuleDict)), {}
+    for layer in layers:
+        if layer.weights:
+            key = layer.name.replace(".", "_")
+            while key in taken:
+                key += "_"
+            taken.add(key)
+            found[layer.output] = key
+    return found
+
+
 class QuantizedNetwork(nn.Module):
     """`layers` with int8 arithmetic. (B, ...) batches as the model that they came from takes them."""
 
     def __init__(self, layers: Layers, *, power_of_two: bool = False) -> None:
         super().__init__()
         self.plan, self.power_of_two = layers, power_of_two
-        self.keys = {layer.output: layer.name.replace(".", "_") for layer in layers.layers if layer.weights}
+        self.keys = _keys(layers.layers)
         self.layers = nn.ModuleDict({self.keys[layer.output]: _Weights(layer) for layer in layers.layers if layer.weights})
         self.places: dict[str, slice] = {}  # of each value's channels among the ranges
         size = 0
@@ -90,7 +103,7 @@ class QuantizedNetwork(nn.Module):
             scales = self.scales()
 
             def rounded(layer: Layer, value: Tensor) -> Tensor:
-                if layer.output == self.plan.result and layer.kind == "linear":
+                if self._decides(layer):
                     return value  # its accumulators are the result
                 return _fake(value, scales[layer.output], *self._bounds(layer, scales))
 
@@ -99,10 +112,19 @@ class QuantizedNetwork(nn.Module):
             result = self._integers(batch)
         return result.reshape(len(result), *self.plan.shape)
 
+    def _entries(self, batch: Any) -> dict[str, Tensor]:
+        """What a batch brings, by the names that the network was traced with; where there is one input only, its place is enough."""
+        entries, names = entries_of(batch), [entry["name"] for entry in self.plan.inputs]
+        if len(names) == 1 and names[0] not in entries and entries:
+            return {names[0]: next(iter(entries.values()))}
+        absent = [name for name in names if name not in entries]
+        if absent:
+            raise DataError(f"a batch has no {absent[0]!r}, which the network was traced with; it has: {', '.join(entries)}")
+        return {name: entries[name] for name in names}
+
     def _integers(self, batch: Any) -> Tensor:
         program = self.program()
-        entries = entries_of(batch)
-        values = {given.name: entries[given.name].cpu() for given in program.inputs}
+        values = {name: tensor.cpu() for name, tensor in self._entries(batch).items()}
         with torch.no_grad():
             for operation in program.operations[:-1]:
                 values[operation.output] = compute(operation, values)
@@ -114,7 +136,7 @@ class QuantizedNetwork(nn.Module):
     def _floats(
         self, batch: Any, rounded: Callable[[Layer, Tensor], Tensor], weight_of: Callable[[Layer, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = dict(entries_of(batch))
+        values: dict[str, Tensor] = self._entries(batch)
         for layer in self.plan.layers:
             given = [values[name] for name in layer.inputs]
             made = _FLOATS[layer.kind](self, layer, weight_of, *given)
@@ -150,7 +172,7 @@ class QuantizedNetwork(nn.Module):
             elif layer.kind == "rnn" and layer.options["tanh"]:
                 found[layer.output] = 1.0 / HIGH
             else:
-                found[layer.output] = max(self.range_of(layer.output), 1e-12) / HIGH
+                found[layer.output] = (self.range_of(layer.output) or 1.0) / HIGH  # 0: nothing but zeros was seen
         return found
 
     def _bounds(self, layer: Layer, scales: Mapping[str, float]) -> tuple[int, int]:
@@ -171,14 +193,20 @@ class QuantizedNetwork(nn.Module):
             ratio = scales[layer.output] / into
             largest = torch.maximum(weight[:, :width].abs().amax(1), weight[:, width:].abs().amax(1) * ratio)
         least = torch.maximum(bias.abs() / (into * 2.0**BIAS_BITS), torch.tensor(out / into * 2.0**-30))
-        found = torch.maximum(largest / HIGH, least)
-        if layer.output == self.plan.result and layer.kind == "linear":
+        whole = weight if layer.kind != "rnn" else torch.cat((weight[:, :width], weight[:, width:] * ratio), 1)
+        sums = whole.flatten(1).abs().sum(1) / (1.45 * 2.0**23)  # of inputs of 128, beside a bias: 31 bits in all
+        found = torch.maximum(torch.maximum(largest / HIGH, least), sums)
+        if self._decides(layer):
             found = found.max().expand(len(found))  # accumulators must compare
         if self.power_of_two:
             target = self._target(layer, scales)
             shift = torch.floor(torch.log2(target / (into * found)) + 1e-9).clamp(0, 31)
             found = target / into * torch.exp2(-shift)
         return found
+
+    def _decides(self, layer: Layer) -> bool:
+        """Whether the accumulators of a layer are the result: nothing bounds them."""
+        return layer.output == self.plan.result and layer.kind == "linear" and "bounds" not in layer.options
 
     def _steps(self, layer: Layer, scales: Mapping[str, float]) -> Tensor:
         """The scales in the shape of the weight. Those of a recurrent layer's states count in units of its inputs."""
@@ -223,6 +251,8 @@ class QuantizedNetwork(nn.Module):
         constants: dict[str, Any] = {}
         if "bounds" in layer.options or layer.kind in ("quantize", "conv", "linear", "add", "rnn", "clamp"):
             options["low"], options["high"] = self._bounds(layer, scales)
+        if "bounds" in layer.options and layer.output == self.plan.result:
+            options["bounded"] = True
         out = scales[layer.output]
         into = [scales[name] for name in layer.inputs if name in scales]
         if layer.kind in ("conv", "linear", "rnn"):

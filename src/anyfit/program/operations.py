@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +69,19 @@ class Operation:
     shape: tuple[int, ...]  # of the output
     options: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Array] = field(default_factory=dict)
+
+    @cached_property
+    def wide(self) -> dict[str, Tensor]:
+        """The constants as int64, kept for the next batch."""
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in self.constants.items() if array.dtype.kind != "f"}
+
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the narrowest floats that hold every sum of theirs exactly."""
+        weight, bias = self.wide["weight"], self.wide["bias"]
+        largest = int((weight.abs().flatten(1).sum(1) * 128 + bias.abs()).max())
+        dtype = torch.float32 if largest < 2**24 else torch.float64
+        return weight.to(dtype), bias.to(dtype)
 
     @property
     def bytes(self) -> int:
@@ -147,7 +161,7 @@ class Program:
     def accumulates(self) -> bool:
         """Whether the accumulators of the last operation are the result."""
         last = self.operations[-1]
-        return last.kind == "linear" and last.output == self.result and last.bytes == last.shape[-1]
+        return last.kind == "linear" and not last.options.get("bounded") and last.output == self.result and last.bytes == last.shape[-1]
 
     @property
     def constant_bytes(self) -> int:
@@ -178,18 +192,18 @@ def compute(operation: Operation, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def accumulated(operation: Operation, x: Tensor) -> Tensor:
-    """The sums of a conv or linear before requantization, (B, ...). Exact: float64 holds whole numbers up to 2^53."""
-    weight, bias = _wide(operation, "weight").double(), _wide(operation, "bias").double()
+    """The sums of a conv or linear before requantization, (B, ...): whole numbers in floats that hold them exactly."""
+    weight, bias = operation.real
     if operation.kind == "linear":
-        return (x.double() @ weight.t() + bias).long()
+        return (x.to(weight.dtype) @ weight.t() + bias).long()
     top, left, bottom, right = operation.options["padding"]
-    padded = nn.functional.pad(x.double(), (left, right, top, bottom))
+    padded = nn.functional.pad(x.to(weight.dtype), (left, right, top, bottom))
     stride, dilation = tuple(operation.options["stride"]), tuple(operation.options["dilation"])
     return nn.functional.conv2d(padded, weight, bias, stride, 0, dilation, operation.options["groups"]).long()
 
 
 def _wide(operation: Operation, name: str) -> Tensor:
-    return torch.from_numpy(operation.constants[name].astype(np.int64))
+    return operation.wide[name]
 
 
 def _bounds(operation: Operation) -> tuple[int, int]:
@@ -291,13 +305,13 @@ def _table(operation: Operation, x: Tensor) -> Tensor:
 
 
 def _rnn(operation: Operation, x: Tensor) -> Tensor:
-    weight, bias = _wide(operation, "weight"), _wide(operation, "bias")
+    weight, bias = operation.real
     multiplier, shift = (_wide(operation, name) for name in ("multiplier", "shift"))
     low, high = _bounds(operation)
-    hidden = weight.shape[0]
+    hidden = len(weight)
     state, states = torch.zeros(len(x), hidden, dtype=torch.long), []
     for step in x.unbind(1):
-        sums = (torch.cat((step, state), 1).double() @ weight.double().t()).long() + bias
+        sums = (torch.cat((step, state), 1).to(weight.dtype) @ weight.t() + bias).long()
         if "curve" in operation.constants:
             state = _curved(requantized(sums, multiplier, shift, -2048, 2047), _wide(operation, "curve")).clamp(low, high)
         else:

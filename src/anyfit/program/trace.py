@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +51,7 @@ def trace(predict: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")  # of torch.export about itself
             exported = torch.export.export(_Predicting(predict, model), (batch,), strict=False)
     except AnyfitError:
@@ -75,9 +78,7 @@ def trace(predict: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any
             name = target.removeprefix("model.")
             tensors[placeholder] = own[name] if name in own else state[target]
             names[placeholder] = name
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(batch)[0]]
-    entries = ["".join(character for character in path if character.isalnum() or character == "_") or "input" for path in paths]
-    entries = [f"input{entry}" if entry.isdigit() else entry for entry in entries]
+    entries = [_entry(path) for path, _ in pytree.tree_flatten_with_path(batch)[0]]
     given = [name for name in signature.user_inputs if isinstance(name, str)]
     (out,) = [node for node in exported.graph.nodes if node.op == "output"]
     found = [node for node in pytree.tree_leaves(out.args[0]) if isinstance(node, fx.Node)]
@@ -88,3 +89,24 @@ def trace(predict: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any
         dict(zip(given, entries, strict=True)),
         tuple(found),
     )
+
+
+def _entry(path: Sequence[Any]) -> str:
+    """The name of a batch's entry by its place: that of a mapping, "input0" of a sequence, "input" of a tensor alone."""
+    if not path:
+        return "input"
+    if len(path) > 1:
+        raise TaskError("a batch within a batch cannot be traced; give a tensor, a tuple or a dict of tensors")
+    return str(path[0].key) if hasattr(path[0], "key") else f"input{path[0].idx}"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What torch.export prints and logs of a model that it cannot follow says less than the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -15,7 +15,7 @@ from pathlib import Path
 from anyfit.errors import InputError
 from anyfit.program.operations import Program
 from anyfit.shrink.arena import Arena
-from anyfit.shrink.calls import BYTES, Code, Field, float_literal, plus, whole_literal, words, wrapped
+from anyfit.shrink.calls import BYTES, Code, Field, float_literal, plus, whole_literal, words
 from anyfit.shrink.places import RAW, plan, steps_of
 
 __all__ = ["RAW", "check_name", "emit", "flash_bytes", "plan", "steps_of"]
@@ -140,7 +140,8 @@ def _struct(fields: Sequence[Field]) -> str:
     lines.append("} model = {")
     for field in fields:
         items = [float_literal(value) if field.type == "float" else whole_literal(value) for value in field.values]
-        lines += [f"    {{ /* {field.name} */", *wrapped(", ".join(items), 8), "    },"]
+        rows = [items[start : start + 20] for start in range(0, len(items), 20)]
+        lines += [f"    {{ /* {field.name} */", *(f"        {', '.join(row)}," for row in rows), "    },"]
     return "\n".join([*lines, "};"])
 
 

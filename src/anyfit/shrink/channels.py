@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from anyfit.errors import InputError, TaskError
 from anyfit.program.trace import trace
@@ -368,9 +369,17 @@ def random_batch(batch: Any, rows: int | None = None, seed: int = 1) -> Any:
 def doubled(task: Task, model: nn.Module, batch: Any, *, training: bool = False) -> list[Tensor]:
     """What a network in float64 predicts."""
     model.train(training)
-    with _wide(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _wide(), _Wide(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return list(leaves(task.predict(model, batch)))
+
+
+class _Wide(TorchFunctionMode):
+    """What a network makes as float32 while it runs, such as `pixels.float()`, is of float64 too."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = function(*arguments, **(options or {}))
+        return made.double() if isinstance(made, Tensor) and made.dtype == torch.float32 else made
 
 
 @contextmanager

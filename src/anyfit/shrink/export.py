@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +33,7 @@ class Artifact:
     kind: str  # c or onnx
     path: Path
     files: tuple[Path, ...]
-    program: Program | None  # of an int8 export: what it computes, exactly
+    program: Program | None = field(repr=False)  # of an int8 export: what it computes, exactly
     figures: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,13 +105,12 @@ def program_of(task: Task, state: Any) -> Program:
     schema = found.schema
     labels = schema.classes if schema.columns else None
     outputs = int(np.prod(model.plan.shape)) if model.plan.shape else 1
-    kind = "numbers" if schema.columns and schema.targets and schema.classes is None else "classes"
-    if kind == "classes" and outputs == 1:
-        kind = "binary"
-    if schema.multilabel and outputs > 1:
-        kind = "classes"
+    classes = schema.columns and schema.classes is not None and not schema.multilabel
+    kind = ("classes" if outputs > 1 else "binary") if classes else "numbers"
+    if not schema.columns or not schema.targets:  # nothing is known of the target
+        kind = "classes" if outputs > 1 else "numbers"
     program = model.program(labels, kind)
-    return _of_columns(program, task, schema) if _is_table(task, schema) else program
+    return _of_columns(program, task, schema) if _is_table(program, task, schema) else program
 
 
 # ------------------------------------------------------------ raw columns
@@ -123,7 +122,7 @@ def _innermost(task: Task) -> Task:
     return task
 
 
-def _is_table(task: Task, schema: Schema) -> bool:
+def _is_table(program: Program, task: Task, schema: Schema) -> bool:
     """Whether the default preprocessing of columns stands between raw values and the network."""
     if _innermost(task).own_method("build_dataset"):
         texts = schema.of_type("text") if schema.columns else ()
@@ -133,7 +132,7 @@ def _is_table(task: Task, schema: Schema) -> bool:
                 "inputs are ids or numbers"
             )
         return False
-    return any(not column.shape and column.type in ("continuous", "categorical", "datetime") for column in schema.features)
+    return any(given.name in ("continuous", "categorical") for given in program.inputs)
 
 
 def _of_columns(program: Program, task: Task, schema: Schema) -> Program:

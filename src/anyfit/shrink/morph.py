@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from anyfit import machine
-from anyfit.engine import load_model
 from anyfit.errors import InputError, TaskError
 from anyfit.program.trace import trace
-from anyfit.schema import Schema
 from anyfit.shrink.channels import Group, counted, difference, doubled, groups, importance, random_batch, trained_by_chance
+from anyfit.shrink.opened import open_model, state_of
 from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.edits import CONVOLUTIONS, apply_edits, indices_of, other_kinds
-from anyfit.tasks.shrunk import Morphed
+from anyfit.tasks.shrunk import Morphed, Quantized
 
 __all__ = ["KINDS", "Child", "grow", "morph", "morphs", "weights_hash"]
 
@@ -52,7 +50,7 @@ class _Plan(NamedTuple):
 
 
 def morph(
-    task: Task, state: State, edit: str | Mapping[str, Any], layer: str | None = None, *, batch: Any = None, **options: Any
+    task: Task, state: Any, edit: str | Mapping[str, Any], layer: str | None = None, *, batch: Any = None, **options: Any
 ) -> tuple[Task, State]:
     """A child of a trained network: its task, which knows edits and parent, and its state, which shares nothing with the parent's.
 
@@ -60,16 +58,16 @@ def morph(
     wider: noise, which tells copies apart, and then it is not exact), or one that `morphs` lists. `batch`: one row without its target, where
     the task knows no example.
     """
-    schema = Schema.from_json(state.schema or {})
-    with machine.own_random():
-        parent = task.build_model(schema)
-    load_model(parent, state.model)
+    if isinstance(task, Quantized):
+        raise TaskError("task is quantized; morph comes before: give the one within (task.task) with the state that it had")
+    found = open_model(task, state)
+    parent = found.model
     request = {"edit": edit} if isinstance(edit, str) else dict(edit)
     request |= {"layer": layer} if layer is not None else {}
-    child = grow(task, parent, task.example_row(schema) if batch is None else batch, **request, **options)
-    weights = {name: tensor.detach().clone() for name, tensor in child.model.state_dict().items()}
-    morphed = Morphed(task=task, edits=child.edits, label=child.label, parent=weights_hash(state.model))  # type: ignore[arg-type]
-    return morphed, State(model=weights, schema=state.schema)
+    child = grow(task, parent, found.row() if batch is None else batch, **request, **options)
+    before = dict(parent.state_dict())
+    morphed = Morphed(task=task, edits=child.edits, label=child.label, parent=weights_hash(before))  # type: ignore[arg-type]
+    return morphed, state_of(child.model, found)
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:

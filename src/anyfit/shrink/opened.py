@@ -13,7 +13,7 @@ from torch import nn
 
 from anyfit import data as rooms
 from anyfit import engine, machine
-from anyfit.errors import DataError, InputError
+from anyfit.errors import DataError, InputError, StateError
 from anyfit.prepare import Prepared, built, opened
 from anyfit.program import entries_of
 from anyfit.record import weights_file
@@ -91,6 +91,9 @@ def open_model(task: Task, state: Any) -> Opened:
         raise InputError(f"state (a {type(state).__name__}) must be a State, a Run, or the path of a run")
     if not state.model:
         raise InputError("state holds no weights; give that of a trained run: task, state = open_run(folder)")
+    odd = next((name for name, tensor in state.model.items() if not bool(torch.isfinite(tensor).all())), None)
+    if odd is not None:
+        raise StateError(f"state has weights that are not finite ({odd}); give one from before they became so")
     schema = Schema.from_json(state.schema or {"columns": [], "target": None})
     with machine.own_random():
         model = built(task, schema)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal
 
-from anyfit.errors import InputError, RunError
+from anyfit.errors import InputError, RunError, TaskError
 from anyfit.fit import fit as fit_here
 from anyfit.shrink.channels import cut
 from anyfit.shrink.opened import FitShaped, open_model, over_sites, state_of
 from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.edits import apply_edits
-from anyfit.tasks.shrunk import Pruned, prunable, prune_to
+from anyfit.tasks.shrunk import Pruned, Quantized, check_amount, prunable, prune_to
 
 __all__ = ["prune", "sparsity_of"]
 
@@ -41,12 +41,18 @@ def prune(
     pruned at once. `fit`: what trains, such as `partial(federate, rounds=10)` over the sites that are given as `data`. `inputs`: a batch
     of one row to trace the model with (None: the first of `data`).
     """
-    if not 0 < amount < 1:
-        raise InputError(f"amount (={amount}) must be above 0 and below 1: the share of {'channels' if structured else 'weights'} that go")
+    if not isinstance(amount, int | float) or not 0 < amount < 1:
+        raise InputError(
+            f"amount (={amount!r}) must be above 0 and below 1: the share of {'channels' if structured else 'weights'} that go"
+        )
+    if isinstance(task, Quantized):
+        raise TaskError("task is quantized; prune comes before: give the one within (task.task) with the state that it had")
     found = open_model(task, state)
     trains = any(options.get(name) for name in ("epochs", "steps", "rounds")) or fit is not fit_here
     if trains and data is None:
         raise InputError("data is missing: epochs or steps need rows to train on; leave them out to prune at once")
+    if not trains and (odd := sorted(set(options) - {"epochs", "steps", "rounds", "target", "seed"})):
+        raise InputError(f"{odd[0]} (={options[odd[0]]!r}) is an option of training, and nothing is trained; give epochs or steps too")
     if structured:
         row = inputs if inputs is not None else found.row(None if over_sites(fit) else data, target=options.get("target"))
         edit = cut(task, found.model, row, amount, scope=scope or "layer", multiple=multiple)
@@ -55,6 +61,7 @@ def prune(
     else:
         pruned = Pruned(task=task, amount=amount, ramp=ramp, begin=begin, end=end, scope=scope or "global")
         model = copy.deepcopy(found.model)
+        check_amount(model, amount, scope or "global")
         if not trains:
             prune_to(list(prunable(model).values()), amount, scope or "global")
     result = state_of(model, found)

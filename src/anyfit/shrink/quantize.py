@@ -16,7 +16,7 @@ from anyfit.state import State
 from anyfit.strategy import Calibrate
 from anyfit.task import Task
 from anyfit.tasks.shrunk import Quantized
-from anyfit.tree import leaves, map_tensors
+from anyfit.tree import first_tensor, leaves, map_tensors
 
 __all__ = ["quantize"]
 
@@ -47,19 +47,32 @@ def quantize(
     """
     if data is None:
         raise InputError("data is missing: int8 ranges are measured on rows; give some of those that the task was trained on")
-    if calibration < 1:
-        raise InputError(f"calibration (={calibration}) must be at least 1 row")
+    if not isinstance(calibration, int) or calibration < 1:
+        raise InputError(f"calibration (={calibration!r}) must be at least 1 row")
     found = open_model(task, state)
     _check_columns(found)
     if isinstance(task, Quantized):
         raise TaskError("task is quantized already; give the one within: task.task with its state, or fit this one to train on in int8")
     federated = over_sites(fit)
+    trains = any(options.get(name) for name in ("epochs", "steps", "rounds"))
+    if not trains and not federated and (odd := sorted(set(options) - {"epochs", "steps", "rounds"})):
+        raise InputError(f"{odd[0]} (={options[odd[0]]!r}) is an option of training, and nothing is trained; give epochs or steps too")
     row = first_row(inputs) if inputs is not None else found.row(None if federated else data, **({} if federated else {"target": target}))
     quantized = Quantized(task=task, inputs=describe_row(row), power_of_two=power_of_two, lr=lr)
     network = QuantizedNetwork(quantized.lowered(found.model), power_of_two=power_of_two)
     _check(found, network, row)
+    if trains:
+        _check_loss(found, row)
     if federated:
-        rounds = {"rounds": 1, "strategy": Calibrate(rows=calibration), "weights": dict(network.state_dict()), "seed": seed}
+        rounds = {
+            "run": None,
+            "resume": False,
+            "compress": None,
+            "rounds": 1,
+            "strategy": Calibrate(rows=calibration),
+            "weights": dict(network.state_dict()),
+            "seed": seed,
+        }
         given = {name: value for name, value in options.items() if name not in ("rounds", "strategy", "epochs", "steps")}
         run = fit(quantized, data, **{**given, **rounds})
         network.load_state_dict(run.model.state_dict())
@@ -75,8 +88,9 @@ def quantize(
         raise InputError("all activations were zero on the rows of data, so there are no ranges; give other rows")
     if equalized:
         equalize(network)
+        _check(found, network, row)
     result = state_of(network, found)
-    if any(options.get(name) for name in ("epochs", "steps", "rounds")):
+    if trains:
         more = {} if federated or target is None else {"target": target}
         run = fit(quantized, data, weights=dict(result.model), seed=seed, **more, **options)
         if run.stopped not in ("finished", "patience"):
@@ -108,4 +122,22 @@ def _check(found: Opened, network: QuantizedNetwork, row: Any) -> None:
         raise TaskError(
             f"the network as int8 layers differs from the model (by {apart:.2g} of its largest output) before any rounding, so an operation was "
             "understood wrongly; please report it with the model"
+        )
+
+
+def _check_loss(found: Opened, row: Any) -> None:
+    """In training, the loss is taken of what the layers compute, which is what `predict` gives: the model's own outputs must be the same."""
+    if not found.task.own_method("predict"):
+        return
+    with torch.no_grad():
+        predicted = found.task.predict(found.model, row)
+        try:
+            outputs = found.task.forward(found.model, row)
+        except Exception:  # noqa: BLE001 - a model that wants its target: then the loss is taken of predictions anyway
+            return
+    given = first_tensor(outputs) if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if given is None or given.shape != predicted.shape or not torch.allclose(given, predicted, rtol=TOLERANCE):
+        raise TaskError(
+            f"predict of {type(found.task).__name__} gives something else than forward, of which the loss is computed, so the task cannot be trained "
+            "in int8; quantize it after training (without epochs), or let the model itself do what predict does"
         )

@@ -18,15 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from anyfit.engine import load_model
 from anyfit.errors import InputError
-from anyfit.prepare import built
+from anyfit.program import QuantizedNetwork
 from anyfit.program.operations import Program
 from anyfit.program.trace import Traced, trace
-from anyfit.run import Run
-from anyfit.schema import Schema
 from anyfit.shrink.arena import Arena, Step, arranged
-from anyfit.state import State
+from anyfit.shrink.opened import open_model
 from anyfit.task import Task
 from anyfit.tree import map_tensors
 
@@ -163,21 +160,20 @@ class Resources:
         }  # fmt: skip
 
 
-def resources(task: Task, model: nn.Module | State | Run, inputs: Any = None) -> Resources:
-    """What `task.predict(model, inputs)` costs for one row. `inputs`: one row without its target; None takes `task.example`."""
-    schema = None if isinstance(model, nn.Module) else Schema.from_json((model if isinstance(model, State) else model.state).schema or {})
-    if isinstance(model, State):
-        assert schema is not None
-        network = built(task, schema)
-        load_model(network, model.model)
-    else:
-        network = model if isinstance(model, nn.Module) else model.model
-    if inputs is None:
-        if schema is None:
+def resources(task: Task, model: Any, inputs: Any = None) -> Resources:
+    """What `task.predict(model, inputs)` costs for one row; `model`: a module, State, Run or the path of a run. `inputs`: one row without its target; None takes `task.example`."""
+    if isinstance(model, nn.Module):
+        network = model
+        if inputs is None and not isinstance(model, QuantizedNetwork):
             raise InputError(
                 "inputs (=None) of a model that comes without its schema must be given: one row without its target, as a batch"
             )
-        inputs = task.example_row(schema)
+    else:
+        found = open_model(task, model)
+        network = found.model
+        inputs = found.row() if inputs is None and not isinstance(network, QuantizedNetwork) else inputs
+    if isinstance(network, QuantizedNetwork):
+        return program_resources(network.program())
     tensor = next(network.parameters(), None)
     if tensor is not None:
         inputs = map_tensors(lambda given: given.to(tensor.device), inputs)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     from anyfit.engine import Trainer
 
-__all__ = ["Morphed", "Pruned", "Quantized", "Shrunk", "prunable", "prune_to", "zeros_kept"]
+__all__ = ["Morphed", "Pruned", "Quantized", "Shrunk", "check_amount", "prunable", "prune_to", "zeros_kept"]
 
+RAMPS, SCOPES = ("cubic", "linear", "once"), ("global", "layer")
 LEVELS = 100  # into which a ramp is divided: weights are sorted that often, not at every step
 
 
@@ -136,13 +137,20 @@ class Pruned(Shrunk):
             raise InputError(f"amount (={self.amount}) must be from 0 to below 1: the share of weights that become zero")
         if not 0 <= self.begin <= self.end <= 1:
             raise InputError(f"begin (={self.begin}) and end (={self.end}) must be shares of the training, in this order")
+        for name, words in (("ramp", RAMPS), ("scope", SCOPES)):
+            if getattr(self, name) not in words:
+                raise InputError(f"{name} (={getattr(self, name)!r}) must be one of {', '.join(words)}")
 
     def own_method(self, method: str) -> bool:
         return (method == "constrain" and self.amount > 0) or super().own_method(method)
 
     def build_model(self, schema: Schema) -> nn.Module:
         model = super().build_model(schema)
-        return apply_edits(model, [{"edit": "take", **self.kept}]) if self.kept else model
+        if self.kept:
+            model = apply_edits(model, [{"edit": "take", **self.kept}])
+        if self.amount:
+            check_amount(model, self.amount, self.scope)
+        return model
 
     def settles(self) -> float:
         return max(self.end if self.amount else 0.0, super().settles())
@@ -238,7 +246,15 @@ class Quantized(Shrunk):
         return cosine(optimizer, total_steps)
 
     def constrain(self, model: nn.Module, progress: float | None) -> Callable[[], None] | None:
-        return zeros_kept(list(prunable(model).values()))
+        """Zeros stay, and so do ranges, which nothing trains: noise or rounding on the way is undone."""
+        keep, ranges = zeros_kept(list(prunable(model).values())), model.ranges
+        before = ranges.detach().clone()  # type: ignore[operator]
+
+        def restore() -> None:
+            keep()
+            ranges.copy_(before)  # type: ignore[operator]
+
+        return restore
 
     def settles(self) -> float:
         return 0.0
@@ -248,13 +264,32 @@ class Quantized(Shrunk):
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that pruning counts: all of two dimensions or more but word tables."""
+    """The weights that pruning counts: all of two dimensions or more but word tables, and what a weight is computed from."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.requires_grad and id(parameter) not in tables
+        if parameter.dim() >= 2 and parameter.requires_grad and id(parameter) not in tables and "parametrizations." not in name
     }
+
+
+def check_amount(model: nn.Module, amount: float, scope: str) -> None:
+    """Refuse an amount that would leave nothing of a tensor."""
+    tensors = prunable(model)
+    _refuse_none(list(tensors.values()))
+    for name, tensor in tensors.items() if scope == "layer" else ():
+        if round(amount * tensor.numel()) >= tensor.numel():
+            raise InputError(
+                f"amount (={amount}) would leave nothing of {name}, which has {tensor.numel()} weights; give less, or scope='global'"
+            )
+    total = sum(tensor.numel() for tensor in tensors.values())
+    if round(amount * total) > total - len(tensors):
+        raise InputError(f"amount (={amount}) leaves fewer than one of {total} weights for each of {len(tensors)} tensors; give less")
+
+
+def _refuse_none(tensors: Sequence[Tensor]) -> None:
+    if not tensors:
+        raise InputError("the model has no weights that pruning could take (of two dimensions or more, which are no word tables)")
 
 
 def zeros_kept(tensors: Sequence[Tensor]) -> Callable[[], None]:
@@ -275,8 +310,7 @@ def prune_to(tensors: Sequence[Tensor], amount: float, scope: str = "global") ->
     """Set the smallest weights to zero, exactly round(amount x all) of them, those that are zero already among them. The largest of
     each tensor stays: a layer of zeros alone would pass nothing on.
     """
-    if not tensors:
-        raise InputError("the model has no weights that pruning could take (of two dimensions or more, which are no word tables)")
+    _refuse_none(tensors)
     with torch.no_grad():
         for group in [tensors] if scope == "global" else [[tensor] for tensor in tensors]:
             sizes = [tensor.numel() for tensor in group]
