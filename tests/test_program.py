@@ -228,6 +228,12 @@ def test_a_model_that_branches_on_values_cannot_be_traced() -> None:
         lowered(model, images(2))
 
 
+def test_shapes_that_follow_values_are_refused() -> None:
+    model = head(1, lambda m, x: x[x > 0].sum().reshape(1, 1))
+    with pytest.raises(TaskError, match=r"follows the values of a row .*dynamic"):
+        lowered(model, images(1))
+
+
 def test_ranges_add_up_over_any_parts() -> None:
     torch.manual_seed(1)
     batch = images(60)

@@ -518,7 +518,7 @@ def test_what_is_quantized_is_neither_cut_nor_morphed(small: tuple[Task, State])
 
 def test_options_that_mean_nothing_are_refused(small: tuple[Task, State]) -> None:
     for call in (lambda: prune(*small, points(), 0.5, epoch=3), lambda: quantize(*small, points(), nope=1)):
-        with pytest.raises(InputError, match="is an option of training, and nothing is trained"):
+        with pytest.raises(InputError, match="neither an option of training nor a field of the plan"):
             call()
     for wrong in ({"ramp": "foo"}, {"scope": "foo"}):
         with pytest.raises(InputError, match=r"\(='foo'\) must be one of"):

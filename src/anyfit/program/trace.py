@@ -69,6 +69,13 @@ def trace(predict: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any
     finally:
         for module in training:
             module.training = True
+    for node in exported.graph.nodes:
+        shapes = [value.shape for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+        if any(not isinstance(size, int) for shape in shapes for size in shape):
+            raise TaskError(
+                f"the shape of what {node.name} gives follows the values of a row (it is dynamic), so neither its memory nor its code can be laid "
+                "out; give every row the same shapes, with a mask or padding"
+            )
     signature = exported.graph_signature
     state = {**exported.state_dict, **exported.constants}
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

@@ -14,6 +14,7 @@ from torch import nn
 from anyfit import data as rooms
 from anyfit import engine, machine
 from anyfit.errors import DataError, InputError, StateError
+from anyfit.fit import fit as fit_here
 from anyfit.prepare import Prepared, built, opened
 from anyfit.program import entries_of
 from anyfit.record import weights_file
@@ -24,7 +25,7 @@ from anyfit.task import Task
 from anyfit.tree import clone, map_tensors
 from anyfit.values import Plan
 
-__all__ = ["FitShaped", "Opened", "first_row", "open_model", "over_sites", "state_of"]
+__all__ = ["FitShaped", "Opened", "check_options", "first_row", "open_model", "over_sites", "state_of"]
 
 TARGETS = ("target", "labels", "weight")
 
@@ -35,6 +36,16 @@ FitShaped = Callable[..., Run]  # what fits a task: `fit`, `federate` with its o
 def over_sites(fit: FitShaped) -> bool:
     """Whether a fit is a federation: its data are sites, whose rows nobody else sees."""
     return "strategy" in inspect.signature(fit).parameters
+
+
+def check_options(options: Mapping[str, Any], fit: FitShaped) -> None:
+    """Refuse what anyfit's own fits would not know, also where nothing is trained."""
+    if fit is not fit_here and not over_sites(fit):
+        return
+    known = {*inspect.signature(fit).parameters, *Plan.__dataclass_fields__}
+    odd = sorted(set(options) - known)
+    if odd:
+        raise InputError(f"{odd[0]} (={options[odd[0]]!r}) is neither an option of training nor a field of the plan; is it spelled so?")
 
 
 @dataclass(frozen=True)

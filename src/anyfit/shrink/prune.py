@@ -8,7 +8,7 @@ from typing import Any, Literal
 from anyfit.errors import InputError, RunError, TaskError
 from anyfit.fit import fit as fit_here
 from anyfit.shrink.channels import cut
-from anyfit.shrink.opened import FitShaped, open_model, over_sites, state_of
+from anyfit.shrink.opened import FitShaped, check_options, open_model, over_sites, state_of
 from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.edits import apply_edits
@@ -51,8 +51,7 @@ def prune(
     trains = any(options.get(name) for name in ("epochs", "steps", "rounds")) or fit is not fit_here
     if trains and data is None:
         raise InputError("data is missing: epochs or steps need rows to train on; leave them out to prune at once")
-    if not trains and (odd := sorted(set(options) - {"epochs", "steps", "rounds", "target", "seed"})):
-        raise InputError(f"{odd[0]} (={options[odd[0]]!r}) is an option of training, and nothing is trained; give epochs or steps too")
+    check_options(options, fit)
     if structured:
         row = inputs if inputs is not None else found.row(None if over_sites(fit) else data, target=options.get("target"))
         edit = cut(task, found.model, row, amount, scope=scope or "layer", multiple=multiple)

@@ -11,7 +11,7 @@ from anyfit.errors import InputError, RunError, TaskError
 from anyfit.fit import fit as fit_here
 from anyfit.program import QuantizedNetwork, describe_row, equalize, magnitudes, ranges_of
 from anyfit.shrink.channels import random_batch
-from anyfit.shrink.opened import FitShaped, Opened, first_row, open_model, over_sites, state_of
+from anyfit.shrink.opened import FitShaped, Opened, check_options, first_row, open_model, over_sites, state_of
 from anyfit.state import State
 from anyfit.strategy import Calibrate
 from anyfit.task import Task
@@ -55,8 +55,7 @@ def quantize(
         raise TaskError("task is quantized already; give the one within: task.task with its state, or fit this one to train on in int8")
     federated = over_sites(fit)
     trains = any(options.get(name) for name in ("epochs", "steps", "rounds"))
-    if not trains and not federated and (odd := sorted(set(options) - {"epochs", "steps", "rounds"})):
-        raise InputError(f"{odd[0]} (={options[odd[0]]!r}) is an option of training, and nothing is trained; give epochs or steps too")
+    check_options(options, fit)
     row = first_row(inputs) if inputs is not None else found.row(None if federated else data, **({} if federated else {"target": target}))
     quantized = Quantized(task=task, inputs=describe_row(row), power_of_two=power_of_two, lr=lr)
     network = QuantizedNetwork(quantized.lowered(found.model), power_of_two=power_of_two)
