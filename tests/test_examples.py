@@ -35,7 +35,7 @@ CLAIMS = {
     "tiny_mnist.py": (r"accuracy 0\.9[7-9]", ("{data}/mnist", "--epochs", "1", "--finish", "1")),
     "heart_disease.py": (r"single-site model at 4 of 4 hospitals", ("{data}/heart-disease/heart_disease_all_sites.csv",)),
 }
-SLOW = ("tiny_mnist.py",)
+SLOW = ("cluster.py", "hetseq_bert.py", "substra_bert.py", "tiny_mnist.py")  # tens of seconds each
 
 
 def test_every_example_is_tested() -> None:

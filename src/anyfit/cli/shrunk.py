@@ -100,7 +100,7 @@ def shrink(
             power_of_two=power_of_two,
             finetune=finetune,
             calibration=calibration,
-            export=None if export is None else () if export == "none" else tuple(export.split(",")),
+            export=None if export is None else _kinds(export),
             name=name,
             run=folder,
             seed=seed or 0,
@@ -108,6 +108,9 @@ def shrink(
             **plan,
         )
     told = done.to_json()
+    was, now = ((record["data"].get("train") or {}).get("sha256"), read_record(folder)["data"].get("train", {}).get("sha256"))
+    if data is None and was is not None and was != now:
+        told["notes"].append("the rows trained and calibrated on are not all of those that the run was trained on, or others")
     files = [str(folder / file) for artifact in told["artifacts"] for file in artifact["files"]]
     result = {"run": str(folder), "parent": str(run), **told, "files": files, "report": str(folder / "report.html")}
     result.pop("memory")  # a picture, and in shrink.json
@@ -122,6 +125,13 @@ def shrink(
         typer.echo(f"run     {folder}\nreport  {result['report']}")
 
     print_result(result, json, show)
+
+
+def _kinds(export: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(kind.strip() for kind in export.split(",")))
+    if "none" in kinds and len(kinds) > 1:
+        raise InputError(f"--export (={export!r}): none stands alone; give it, or what is to be written")
+    return () if kinds == ("none",) else kinds
 
 
 # ------------------------------------------------------------------ what is not given
@@ -154,20 +164,26 @@ def _tested(run: Path, record: Mapping[str, Any], source: Source) -> Any:
         raise InputError(
             f"--test is missing: run (={str(run)!r}) was not tested; give a file, or a fraction (whose rows, if it was trained on them, flatter it)"
         )
-    if told["source"] != trained.get("source") and _is_there(told["source"]):
-        return told["source"]
+    own = told.get("source")
+    if own is not None and own != trained.get("source") and _is_there(own):
+        rows = read_splits(source_of(own, None), None, None, wants_validation=False)
+        if fingerprint(rows.get("test", rows["train"])) == told.get("sha256"):
+            return own
+        raise InputError(
+            f"--test is missing: the rows of {own} are not those that run (={str(run)!r}) was tested on; give rows to compare on"
+        )
     parts = read_splits(source, None, None, wants_validation=False)
-    if "test" in parts and fingerprint(parts["test"]) == told["sha256"]:
+    if "test" in parts and fingerprint(parts["test"]) == told.get("sha256"):
         return None
     total = num_rows(parts["train"])
-    share = (told["rows"] or 0) / total if total else 0.0
+    share = (told.get("rows") or 0) / total if total else 0.0
     near = [round(share, digits) for digits in (1, 2, 3)] + sorted(
         (part / 20 for part in range(1, 20)), key=lambda part: abs(part - share)
     )[:4]
     for fraction in dict.fromkeys([told.get("fraction", 0.0), *near, 0.1, 0.2]):  # equal rows go together, so the share may be far off
         if 0 < fraction < 1:
             rows = take_fraction(parts["train"], fraction, group=source.group, salt="test")[1]
-            if fingerprint(rows) == told["sha256"]:
+            if fingerprint(rows) == told.get("sha256"):
                 return fraction
     raise InputError(
         f"--test is missing: the rows that run (={str(run)!r}) was tested on are not found in {source.name}; give a file or a fraction"
@@ -230,6 +246,11 @@ def show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
             typer.echo("  ".join("-" * width for width in widths))
     equal = next((stage["equal"] for stage in stages if "equal" in stage), None)
     typer.echo("~ is estimated from the graph; the rest is measured, on the same test rows and on this machine")
+    made = next((stage for stage in stages if "code_bytes" in stage["costs"]), None)
+    if made:
+        code, stack = (made["costs"].get(name, {}).get("value") for name in ("code_bytes", "stack_bytes"))
+        beside = f", {stack:,} of stack" if stack is not None else ""
+        typer.echo(f"beside the constants and the arena, the compiled C takes {code:,} bytes of code{beside} ({made['compiler']})")
     if equal:
         typer.echo(f"the compiled C equals the integer program in each answer and logit of {equal['rows']:,} rows")
 

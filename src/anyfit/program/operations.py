@@ -110,6 +110,7 @@ class Program:
     labels: tuple[str, ...] | None = None
     task: Literal["classes", "binary", "numbers"] = "classes"
     power_of_two: bool = False  # every multiplier is 1
+    about: tuple[str, ...] = ()  # what the raw values are, in words
 
     def run(self, raw: Mapping[str, Array]) -> Result:
         """What a device computes for rows of raw values, (B, ...) by the name of each input."""

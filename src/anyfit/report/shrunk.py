@@ -25,6 +25,8 @@ COSTS = {
     "weights_bytes_in_int8": "weights in int8",
     "ram_bytes_in_int8": "RAM in int8",
     "macs": "MACs",
+    "code_bytes": "code, bytes",
+    "stack_bytes": "stack, bytes",
     "latency_us": "µs a row",
 }
 DPI, PAGE = 170, 9.2 / 1024  # of the pictures, and inches of a pixel of the page

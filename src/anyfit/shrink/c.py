@@ -168,7 +168,9 @@ def _header(code: Code, name: str) -> str:
         f"/* {name}.h: a network in integers. Written by anyfit.",
         "",
         f"   Write {upper}_INPUT_SIZE raw values to {name}_input(), then call {name}_predict().",
-        f"   Inputs: {inputs}. */",
+        f"   Inputs: {inputs}; several dimensions with the last one running fastest, values as the data has them.",
+        *(f"   {words(line)}" for line in program.about),
+        "*/",
         f"#ifndef {upper}_H",
         f"#define {upper}_H",
         "",
@@ -217,7 +219,7 @@ def _main(code: Code, name: str) -> str:
     labels = f"static const char *const labels[] = {upper}_LABELS;\n\n" if program.labels is not None and program.task != "numbers" else ""
     unused = "" if tell else "        (void)answer;\n"
     tell = f"        {tell}\n" if tell else ""
-    return f"""/* An example: reads rows of {upper}_INPUT_SIZE values ({code.raw_type}) from the standard input, and prints a line for each.
+    return f"""/* Written by anyfit. An example: reads rows of {upper}_INPUT_SIZE values ({code.raw_type}) from the standard input, and prints a line for each.
 
    cc -std=c99 -O2 {name}.c main.c -o {name} && ./{name} < rows.bin */
 #include <stdio.h>

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anyfit.errors import InputError, RunError
 
-__all__ = ["STRICT", "Measured", "Ran", "build", "compiler", "measure", "run"]
+__all__ = ["STRICT", "Measured", "Ran", "absence", "build", "compiler", "measure", "run"]
 
 STRICT = (
     *(
@@ -90,9 +90,23 @@ def compiler() -> str | None:
     """The command of a C compiler: what CC says, else cc, gcc or clang; None where there is none."""
     given = os.environ.get("CC", "").strip()
     for command in [given] if given else ["cc", "gcc", "clang"]:
-        if shutil.which(shlex.split(command)[0]):
+        if shutil.which(_words(command)[0]):
             return command
     return None
+
+
+def absence() -> str:
+    """Why there is no compiler, in a few words."""
+    given = os.environ.get("CC", "").strip()
+    return f"no cc ({given!r}, which CC names)" if given else "no cc"
+
+
+def _words(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"CC (={command!r}) cannot be read as a command: {error}") from error
+    return words or [""]
 
 
 def build(
@@ -102,7 +116,7 @@ def build(
     harness = into / f"{name}_rows.c"
     harness.write_text(_HARNESS.format(name=name, upper=name.upper()), encoding="utf-8")
     binary = into / f"{name}_rows"
-    base = (*_command(command), *(_SANITIZED if sanitize else ()), *flags, f"-I{folder}")
+    base = (*_command(command), *(_SANITIZED if sanitize else ()), *flags, "-iquote", str(folder))
     source = folder / f"{name}.c"
     _compile((*base, *STRICT, "-c", str(source), "-o", str(into / f"{name}.o")), source)
     _compile((*base, str(into / f"{name}.o"), str(harness), "-o", str(binary)), source)
@@ -111,7 +125,12 @@ def build(
 
 def run(binary: Path, rows: NDArray[np.generic], outputs: int) -> Ran:
     """Predict raw `rows` (B, ...): all inputs of a row, one after the other, in the type that NAME_input() has."""
-    done = subprocess.run([str(binary.resolve())], input=np.ascontiguousarray(rows).tobytes(), capture_output=True, check=False)
+    try:
+        done = subprocess.run([str(binary.resolve())], input=np.ascontiguousarray(rows).tobytes(), capture_output=True, check=False)
+    except OSError as error:
+        raise RunError(
+            f"{binary} cannot be run here ({error.strerror or error}); give a compiler for this machine (CC), and a TMPDIR where programs may run"
+        ) from error
     size = 4 + outputs
     if done.returncode or len(done.stdout) != len(rows) * size + 8:
         raise RunError(
@@ -126,13 +145,15 @@ def run(binary: Path, rows: NDArray[np.generic], outputs: int) -> Ran:
     )
 
 
-def measure(folder: Path, name: str, *, flags: Sequence[str] = ("-Os",), command: str | None = None) -> Measured:
-    """Compile NAME.c of `folder` and read the bytes of its object file. Another `command` measures for another processor."""
+def measure(folder: Path, name: str, *, flags: Sequence[str] = ("-Os",), command: str | None = None) -> Measured | None:
+    """Compile NAME.c of `folder` and read the bytes of its object file; None where that is no ELF object. Another `command` measures for
+    another processor.
+    """
     words = _command(command)
     source = folder / f"{name}.c"
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / f"{name}.o"
-        line = (*words, *STRICT, *flags, f"-I{folder}", "-c", str(source), "-o", str(target))
+        line = (*words, *STRICT, *flags, "-iquote", str(folder), "-c", str(source), "-o", str(target))
         try:
             _compile((*line, "-fstack-usage"), source)
         except RunError:  # a compiler without that option; what is wrong with the source is wrong without it too
@@ -140,7 +161,10 @@ def measure(folder: Path, name: str, *, flags: Sequence[str] = ("-Os",), command
         usage = target.with_suffix(".su")
         stack = _stack(usage.read_text(encoding="utf-8"), name) if usage.is_file() else None
         sizes = dict.fromkeys((".rodata", ".data", ".bss", ".text"), 0)
-        for section, size in _sections(target.read_bytes(), words[0]):
+        data = target.read_bytes()
+        if data[:4] != b"\x7fELF":
+            return None
+        for section, size in _sections(data):
             for kind in sizes:
                 if section == kind or section.startswith(f"{kind}."):
                     sizes[kind] += size
@@ -149,8 +173,8 @@ def measure(folder: Path, name: str, *, flags: Sequence[str] = ("-Os",), command
 
 def _command(given: str | None) -> list[str]:
     command = given or compiler()
-    words = shlex.split(command or "")
-    if not words or not shutil.which(words[0]):
+    words = _words(command or "")
+    if not shutil.which(words[0]):
         named = command or os.environ.get("CC", "")
         what = f"the C compiler (={named!r}) is not there" if named else "there is no C compiler"
         raise InputError(f"{what}; install a C compiler (cc, gcc or clang), or set CC")
@@ -161,7 +185,8 @@ def _compile(line: Sequence[str], source: Path) -> None:
     if not source.is_file():
         raise InputError(f"{source} is not there; export a network to C first")
     done = subprocess.run(list(line), capture_output=True, check=False)
-    if done.returncode:
+    made = Path(line[line.index("-o") + 1])
+    if done.returncode or not made.is_file():
         raise RunError(f"{line[0]} cannot compile {source.name} (exit code {done.returncode}):\n{_tail(done.stderr)}")
 
 
@@ -180,12 +205,8 @@ def _stack(usage: str, name: str) -> int:
     return own + sum(sorted(sizes.values())[-2:])
 
 
-def _sections(data: bytes, command: str) -> Iterator[tuple[str, int]]:
+def _sections(data: bytes) -> Iterator[tuple[str, int]]:
     """Names and sizes of the sections of an ELF object that take memory when it runs."""
-    if data[:4] != b"\x7fELF":
-        raise RunError(
-            f"{command} made no ELF object, of which bytes can be read; give a compiler that does, such as gcc or clang on Linux"
-        )
     order = "<" if data[5] == 1 else ">"
     wide = data[4] == 2
     (table,) = struct.unpack_from(order + "Q" * wide + "I" * (not wide), data, 0x28 if wide else 0x20)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from anyfit.values import write_atomic
 __all__ = ["Artifact", "export", "program_of"]
 
 Array = np.ndarray[Any, Any]
+MARK = "Written by anyfit"
 RAW = "raw"  # the one input of a table's network: its columns, side by side
 
 
@@ -45,7 +45,7 @@ def export(task: Task, state: Any, path: str | Path, *, name: str | None = None,
     """Write a network for a device: NAME.c (with NAME.h and main.c) of a quantized task, or NAME.onnx of any.
 
     C is C99 with integer arithmetic alone, compiled and measured at once where there is a compiler. What the task does to raw values
-    (standardizing pixels and columns) is part of it; what cannot be is refused by name. `name`: of its functions (None: the file's).
+    (standardizing pixels and columns) is part of it; what cannot be is refused by name. `name`: of its functions and files (None: the file's).
     `inputs`: a batch of one row to trace a float ONNX export with.
     """
     path = Path(path)
@@ -63,33 +63,36 @@ def export(task: Task, state: Any, path: str | Path, *, name: str | None = None,
     if path.suffix == ".onnx":
         onnx.export_int8(program, path)
         return Artifact("onnx", path, (path,), program, {"int8": True, "bytes": path.stat().st_size})
-    return _export_c(program, path, name or re.sub(r"\W", "_", path.stem, flags=re.ASCII) if name is None else name)
+    return _export_c(program, path if name is None else path.with_name(f"{name}.c"))
 
 
-def _export_c(program: Program, path: Path, name: str) -> Artifact:
-    arena = c.plan(program)
+def _export_c(program: Program, path: Path) -> Artifact:
+    name, arena = path.stem, c.plan(program)
     files = c.emit(program, name, arena)
-    written = []
-    for file, text in files.items():
-        target = path if file == f"{name}.c" else path.with_name(file)
-        write_atomic(target, text.encode())
-        written.append(target)
+    targets = {path.with_name(file): text for file, text in files.items()}
+    for target in targets:
+        if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:400]:
+            raise InputError(f"{target} is there and was not written by anyfit; move it, or give a folder of its own")
     figures: dict[str, Any] = {
         "name": name,
         "flash_bytes": c.flash_bytes(program),
         "ram_bytes": arena.bytes,
-        "compiled": False,
+        "compiled": compiled.compiler() is not None,
+        "measured": False,
         "arena_bytes": arena.bytes,
         "weights_bytes": program.constant_bytes,
     }
-    if compiled.compiler() is not None:
+    if figures["compiled"]:
         with TemporaryDirectory(prefix="anyfit-c-") as folder:
             for file, text in files.items():
-                Path(folder, file).write_text(text, encoding="utf-8")
+                write_atomic(Path(folder, file), text.encode())
             measured = compiled.measure(Path(folder), name)
-        figures |= {"compiled": True, "flash_bytes": measured.flash, "ram_bytes": measured.ram, "text_bytes": measured.text}
-        figures |= {"stack_bytes": measured.stack, "compiler": measured.compiler, "flags": list(measured.flags)}
-    return Artifact("c", path, tuple(written), program, figures)
+        if measured is not None:
+            figures |= {"measured": True, "flash_bytes": measured.flash, "ram_bytes": measured.ram, "text_bytes": measured.text}
+            figures |= {"stack_bytes": measured.stack, "compiler": measured.compiler, "flags": list(measured.flags)}
+    for target, text in targets.items():
+        write_atomic(target, text.encode())
+    return Artifact("c", path, tuple(targets), program, figures)
 
 
 def program_of(task: Task, state: Any) -> Program:
@@ -155,7 +158,11 @@ def _of_columns(program: Program, task: Task, schema: Schema) -> Program:
             raise TaskError(f"{operation.name!r} takes {operation.inputs[0]} as something that cannot be folded into C; use an embedding")
         else:
             operations.append(operation)
-    return replace(program, inputs=(raw,), operations=tuple(operations))
+    told = [f"[{place}] {column.name}: a number, NaN where it is missing" for place, column in enumerate(numbers)]
+    for place, column in enumerate(categories, len(numbers)):
+        codes = ", ".join(f"{code} {category!r}" for code, category in enumerate(column.categories or (), 2))
+        told.append(f"[{place}] {column.name}: a code: 0 missing, 1 any other, {codes}")
+    return replace(program, inputs=(raw,), operations=tuple(operations), about=tuple(told))
 
 
 def _of_numbers(operation: Operation, columns: Any) -> Operation:

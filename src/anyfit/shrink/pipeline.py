@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -22,17 +23,18 @@ from anyfit.data import Blocks, Rows, Source
 from anyfit.errors import AnyfitError, DataError, InputError, MissingExtra, RunError, StorageError, TaskError
 from anyfit.fit import fit as fit_here
 from anyfit.prepare import opened
-from anyfit.program import QuantizedNetwork, describe_row
+from anyfit.program import Program, QuantizedNetwork, describe_row
 from anyfit.record import record_of, weights_file
 from anyfit.run import Folder
 from anyfit.schema import Schema
-from anyfit.shrink import c, onnx
+from anyfit.shrink import c, compiled, onnx
 from anyfit.shrink.export import Artifact, program_of
 from anyfit.shrink.export import export as export_one
 from anyfit.shrink.opened import FitShaped, Opened, open_model, state_of
 from anyfit.shrink.prune import prune as prune_weights
+from anyfit.shrink.quantize import check_columns
 from anyfit.shrink.quantize import quantize as quantize_network
-from anyfit.shrink.stages import Bench, Stage, compiled_stage, onnx_stage, stage_of
+from anyfit.shrink.stages import OWN, Bench, Stage, compiled_stage, onnx_stage, stage_of
 from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.shrunk import Quantized
@@ -121,13 +123,19 @@ def shrink(
         options: dict[str, Any] = {**plan, "seed": seed, "fit": fit, "on_event": heard}
         if finetune:
             options["epochs"] = finetune
-        stage, costs = stage_of("original", found, bench, row)
+        predicted = bool(asked.quantize or kinds) and any(task.own_method(method) for method in OWN)
+        if predicted:
+            notes.append(
+                "figures are computed of predictions at every stage, for the task's own evaluation knows nothing of exported networks"
+            )
+            heard.say(notes[-1])
+        stage, costs = stage_of("original", found, bench, row, predicted=predicted)
         heard.say(_line(stage))
         stages, now = [stage], (task, state_of(found.model, found))
         for title, change in _changes(asked, training, calibration, options):
             now = heard.through(change, now)
             found = open_model(*now)
-            stage, costs = stage_of(title, found, bench, row)
+            stage, costs = stage_of(title, found, bench, row, predicted=predicted)
             stages.append(stage)
             heard.say(_line(stage))
         with TemporaryDirectory(prefix="anyfit-export-") as scratch:
@@ -238,6 +246,7 @@ def _rehearsed(asked: _Asked, found: Opened, row: Any, *, trains: bool) -> tuple
     notes: list[str] = []
     task, state = found.task, state_of(found.model, found)
     if asked.quantize:
+        check_columns(found)
         task = Quantized(task=found.task, inputs=describe_row(row), power_of_two=asked.power_of_two)
         network = QuantizedNetwork(task.lowered(found.model), power_of_two=asked.power_of_two)
         torch.nn.init.ones_(network.ranges)  # any will do to see whether it can be written
@@ -255,7 +264,10 @@ def _rehearsed(asked: _Asked, found: Opened, row: Any, *, trains: bool) -> tuple
             if int8:
                 program = program_of(task, state)
                 with TemporaryDirectory(prefix="anyfit-export-") as scratch:
-                    c.emit(program, asked.name, c.plan(program)) if kind == "c" else onnx.export_int8(program, Path(scratch, "model.onnx"))
+                    if kind == "c":
+                        _compiled(program, asked.name, Path(scratch))
+                    else:
+                        onnx.export_int8(program, Path(scratch, "model.onnx"))
             elif trains or asked.export is None:
                 with TemporaryDirectory(prefix="anyfit-export-") as scratch:
                     export_one(task, state, Path(scratch, "model.onnx"), inputs=row)
@@ -266,6 +278,17 @@ def _rehearsed(asked: _Asked, found: Opened, row: Any, *, trains: bool) -> tuple
         else:
             kinds.append(kind)
     return kinds, notes
+
+
+def _compiled(program: Program, name: str, folder: Path) -> None:
+    """Whether the C compiler here makes something that runs, before hours are spent."""
+    files = c.emit(program, name, c.plan(program))
+    if compiled.compiler() is None:
+        return
+    for file, text in files.items():
+        write_atomic(folder / file, text.encode())
+    size = sum(given.bytes for given in program.inputs)
+    compiled.run(compiled.build(folder, name, folder), np.zeros((1, size), np.uint8), program.operations[-1].bytes)
 
 
 def _changes(
@@ -365,13 +388,16 @@ def _folder(run: str | Path | None, parent: Path | None) -> Iterator[Folder | No
     path = Path(run)
     if parent is not None and path.resolve() == parent.resolve():
         raise InputError(f"run (={str(path)!r}) is the run that is to be shrunk; give another folder")
+    if (path / "run.json").exists():
+        raise InputError(f"run (={str(path)!r}) holds a run already; give another folder")
+    before = set(path.glob("checkpoints/*"))
     folder = Folder(path, resume=False)
     try:
         yield folder
     except BaseException:
         if not (path / "run.json").exists():
             shutil.rmtree(path / "export", ignore_errors=True)
-            for file in (path / "shrink.json", path / "result.json", *(path / "checkpoints").iterdir()):
+            for file in (path / "shrink.json", path / "result.json", *(set(path.glob("checkpoints/*")) - before)):
                 file.unlink(missing_ok=True)
         raise
     finally:

@@ -18,7 +18,7 @@ from anyfit.task import Task
 from anyfit.tasks.shrunk import Quantized
 from anyfit.tree import first_tensor, leaves, map_tensors
 
-__all__ = ["quantize"]
+__all__ = ["check_columns", "quantize"]
 
 TOLERANCE = 1e-3  # relative: float32 in another order of operations
 
@@ -50,7 +50,7 @@ def quantize(
     if not isinstance(calibration, int) or calibration < 1:
         raise InputError(f"calibration (={calibration!r}) must be at least 1 row")
     found = open_model(task, state)
-    _check_columns(found)
+    check_columns(found)
     if isinstance(task, Quantized):
         raise TaskError("task is quantized already; give the one within: task.task with its state, or fit this one to train on in int8")
     federated = over_sites(fit)
@@ -100,7 +100,8 @@ def quantize(
     return quantized, result
 
 
-def _check_columns(found: Opened) -> None:
+def check_columns(found: Opened) -> None:
+    """Refuse texts by their column."""
     texts = found.schema.of_type("text")
     if texts:
         raise TaskError(

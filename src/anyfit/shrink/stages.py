@@ -31,7 +31,7 @@ from anyfit.task import Step, Task
 from anyfit.tasks.shrunk import Shrunk
 from anyfit.values import Plan
 
-__all__ = ["Bench", "Stage", "compiled_stage", "onnx_stage", "stage_of"]
+__all__ = ["OWN", "Bench", "Stage", "compiled_stage", "onnx_stage", "stage_of"]
 
 Kind = Literal["measured", "estimated"]
 Figures = dict[str, dict[str, Any]]
@@ -107,6 +107,9 @@ def _raw_columns(table: Any, schema: Schema) -> Array:
     return torch.cat(parts, 1).numpy()
 
 
+OWN = ("step", "evaluate_step", "evaluate")  # by which a task gives figures that predictions alone do not
+
+
 class _Answers(nn.Module):
     """Results that are known already, handed out in the order of the rows."""
 
@@ -148,8 +151,20 @@ def _worth(figures: Mapping[str, Any]) -> tuple[Figures, dict[str, Any]]:
 # ------------------------------------------------------------------ a task with its weights
 
 
-def stage_of(name: str, found: Opened, bench: Bench, row: Any) -> tuple[Stage, Resources | None]:
-    """A task with its weights, in floats or in simulated int8. `row`: a batch of one row without its target."""
+class _Predicted(_Answered):
+    """A task whose figures are those of its predictions, as they are of a network that runs elsewhere."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return self.task.predict(model, batch)
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return self.task.predict(model, batch)
+
+
+def stage_of(name: str, found: Opened, bench: Bench, row: Any, *, predicted: bool = False) -> tuple[Stage, Resources | None]:
+    """A task with its weights, in floats or in simulated int8. `row`: a batch of one row without its target. `predicted`: figures are
+    computed of predictions, whatever the task has of its own, so that they compare with those of other stages.
+    """
     task = found.task
     int8 = isinstance(found.model, QuantizedNetwork)
     costs, note = _costs(task, found, row)
@@ -171,7 +186,8 @@ def stage_of(name: str, found: Opened, bench: Bench, row: Any) -> tuple[Stage, R
         with torch.no_grad():
             figures |= _told("measured", latency_us=_latency(lambda: task.predict(found.model, row)))
     device = machine.pick_device(bench.plan.device)
-    worth, tables = _worth(bench.evaluate(task, found.model.to(device), found.schema, device))
+    judge = _Predicted(task=task) if predicted and not int8 else task
+    worth, tables = _worth(bench.evaluate(judge, found.model.to(device), found.schema, device))
     found.model.to("cpu")
     return Stage(name, "int8" if int8 else "float", worth, figures, tables, {"note": note} if note else {}), costs
 
@@ -212,7 +228,7 @@ def compiled_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench)
     assert program is not None
     bytes_of = {"weights_bytes": told["flash_bytes"], "ram_bytes": told["ram_bytes"]}
     if not told["compiled"]:
-        return Stage("c", "c", {}, _told("estimated", **bytes_of), about={"note": "not compiled: no cc"})
+        return Stage("c", "c", {}, _told("estimated", **bytes_of), about={"note": f"not compiled: {compiled.absence()}"})
     raw = bench.raw(program, task, schema)
     expected = program.run(raw)
     rows = len(expected.logits)
@@ -224,19 +240,22 @@ def compiled_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench)
     if answers.any() or logits.any():
         raise RunError(
             f"the compiled C differs from the integer program in {int((answers | logits).sum())} of {rows} rows, first in row "
-            f"{int((answers | logits).argmax())}; compiler: {told['compiler']}. Nothing was written; try another compiler (CC=...), or report it"
+            f"{int((answers | logits).argmax())}; compiler: {compiled.compiler()}. Nothing was written; try another compiler (CC=...), or report it"
         )
     real = expected.logits * program.scales[program.result]
     if expected.accumulators is not None:  # equal answers say that they were equal
         real = expected.accumulators * program.result_scale
     shape = (rows, *program.operations[-1].shape)
     worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(real).float().reshape(shape)), schema))
-    beside = {"code_bytes": told["text_bytes"], "stack_bytes": told["stack_bytes"], "latency_us": ran.microseconds}
-    about = {
-        "compiler": f"{told['compiler']}: bytes with {' '.join(told['flags'])}, latency with -O2",
-        "equal": {"rows": rows, "answers": True, "logits": True},
-    }
-    return Stage("c", "c", worth, _told("measured", **bytes_of, **beside), tables, about)
+    about: dict[str, Any] = {"equal": {"rows": rows, "answers": True, "logits": True}}
+    figures = _told("measured", latency_us=ran.microseconds)
+    if told["measured"]:
+        figures |= _told("measured", **bytes_of, code_bytes=told["text_bytes"], stack_bytes=told["stack_bytes"])
+        about["compiler"] = f"{told['compiler']}: bytes with {' '.join(told['flags'])}, latency with -O2"
+    else:  # an object of another form than ELF
+        figures |= _told("estimated", **bytes_of)
+        about["compiler"] = f"{compiled.compiler()}: its objects are no ELF files, so bytes are estimated; latency with -O2"
+    return Stage("c", "c", worth, figures, tables, about)
 
 
 def onnx_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench) -> Stage:
@@ -247,17 +266,17 @@ def onnx_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench) -> 
         raw = bench.raw(artifact.program, task, schema)
     else:
         parts = [entries_of(first_rows) for first_rows in map(_without_target, bench.batches(task, schema))]
-        raw = {name: np.concatenate([part[name].cpu().numpy() for part in parts]) for name in wanted if name in parts[0]}
+        shapes = {given.name: tuple(given.shape[1:]) for given in session.get_inputs()}
+        raw = {
+            name: np.concatenate([_padded(part[name].cpu().numpy(), shapes[name]) for part in parts]) for name in wanted if name in parts[0]
+        }
     absent = [name for name in wanted if name not in raw]
     if absent:
         raise InputError(f"export (='onnx'): the rows have no {absent[0]!r}, which {artifact.path.name} takes")
     count = len(raw[wanted[0]])
     step = max(1, min(count, (bench.plan.batch_size or 32) * 4))
     results = [session.run(None, {name: raw[name][start : start + step] for name in wanted})[0] for start in range(0, count, step)]
-    worth: Figures = {}
-    tables: dict[str, Any] = {}
-    if not any(task.own_method(method) for method in ("evaluate", "evaluate_step", "step")):  # else figures come from more than predictions
-        worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), schema))
+    worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), schema))
     one = {name: raw[name][:1] for name in wanted}
     figures = _told("measured", weights_bytes=artifact.figures["bytes"], latency_us=_latency(lambda: session.run(None, one)))
     about: dict[str, Any] = {"int8": artifact.program is not None}
@@ -265,6 +284,14 @@ def onnx_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench) -> 
         agreement = onnx.check_int8(artifact.program, artifact.path, raw)
         about["agreement"] = {"rows": agreement.rows, "answers": agreement.agreeing, "steps": agreement.steps}
     return Stage("onnx", "onnx", worth, figures, tables, about)
+
+
+def _padded(rows: Array, shape: tuple[Any, ...]) -> Array:
+    """Rows filled up with 0, as `collate` does, to the length that a file takes."""
+    more = [(0, 0), *((0, int(to) - now) for to, now in zip(shape, rows.shape[1:], strict=True))]
+    if any(after < 0 for _, after in more):
+        raise InputError(f"export (='onnx'): rows of {rows.shape[1:]} are longer than the file takes ({shape})")
+    return np.pad(rows, more)
 
 
 def _without_target(batch: Any) -> Any:
