@@ -347,8 +347,9 @@ def test_c_takes_raw_columns_with_gaps_and_categories(tmp_path: Path, target: st
     assert np.array_equal(given.logits, expected.logits) and np.array_equal(given.answers, expected.answers)
     header = (tmp_path / "net.h").read_text()
     place = len(numbers) + [column.name for column in schema.of_type("categorical")].index("job")
-    assert f"[{place}] job: a code: 0 missing, 1 any other, 2 'clerk', 3 'cook', 4 'pilot'" in header
-    assert f"[{numbers.index('hours')}] hours: a number, NaN where it is missing" in header
+    codes = "   ".join(f"   {code} {job}\n" for code, job in enumerate(("clerk", "cook", "pilot"), 2))
+    assert f"{place}: job, a code, of which 0 is missing, 1 any other,\n   {codes}" in header
+    assert f"{numbers.index('hours')}: hours, a number, NaN where it is missing" in header
     found = open_model(quantized, int8)
     batch = quantized.build_dataset(table, "test", schema)
     outputs = quantized.predict(found.model, batch).detach()

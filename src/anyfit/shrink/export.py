@@ -158,10 +158,10 @@ def _of_columns(program: Program, task: Task, schema: Schema) -> Program:
             raise TaskError(f"{operation.name!r} takes {operation.inputs[0]} as something that cannot be folded into C; use an embedding")
         else:
             operations.append(operation)
-    told = [f"[{place}] {column.name}: a number, NaN where it is missing" for place, column in enumerate(numbers)]
+    told = [f"{place}: {column.name}, a number, NaN where it is missing" for place, column in enumerate(numbers)]
     for place, column in enumerate(categories, len(numbers)):
-        codes = ", ".join(f"{code} {category!r}" for code, category in enumerate(column.categories or (), 2))
-        told.append(f"[{place}] {column.name}: a code: 0 missing, 1 any other, {codes}")
+        told.append(f"{place}: {column.name}, a code, of which 0 is missing, 1 any other,")
+        told += [f"   {code} {category}" for code, category in enumerate(column.categories or (), 2)]
     return replace(program, inputs=(raw,), operations=tuple(operations), about=tuple(told))
 
 
