@@ -47,8 +47,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train, resume, federate and report on real handwritten digits
 	@$(VENV)/bin/anyfit demo $(ARGS)
 
-test: $(READY) ## all tests that are not slow
-	@$(PY) -m pytest $(ARGS)
+test: $(READY) ## all tests that are not slow, files two at a time
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-full: $(READY) ## all tests; then the quick ones on the oldest torch that is accepted, and on the newest
 	@$(PY) -m pytest -m "" $(ARGS)

@@ -207,6 +207,7 @@ class Trainer:
         self._committing = False
         self._taken: set[int] = set()  # batches of the window since the last backward
         self._expected = self._real = 0  # batches of the window, and those that are this worker's own
+        self._constrained = task.own_method("constrain")
         self._constraint: Callable[[], None] | None = None  # what the task wants done once weights were changed
         self._reduced = 0  # of `steps`, how many are sums over all workers
         self.dropout: ExactDropout | None = None  # while `train` runs, where the plan asks for it
@@ -387,9 +388,10 @@ class Trainer:
             # where nothing counted (all labels ignored) the gradients are zero and stay zero
             total = wide(count).clamp(min=1e-30) if isinstance(count, Tensor) else max(count, 1e-30)
             self._scale(parameters, self.nominal / total)
-        progress = None if self.total is None else min(1.0, (self.position.step + 1) / max(self.total, 1))
-        with torch.no_grad():
-            self._constraint = self.task.constrain(self._model, progress)
+        if self._constrained:
+            progress = None if self.total is None else min(1.0, (self.position.step + 1) / max(self.total, 1))
+            with torch.no_grad():
+                self._constraint = self.task.constrain(self._model, progress)
         for optimizer_name in names:
             self._commit(optimizer_name)
         self.hold()
