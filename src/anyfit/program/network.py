@@ -107,7 +107,10 @@ class QuantizedNetwork(nn.Module):
                     return value  # its accumulators are the result
                 return _fake(value, scales[layer.output], *self._bounds(layer, scales))
 
-            result = self._floats(batch, rounded, self._fake_weight)[self.plan.result]
+            def stepped(layer: Layer, weight: Tensor) -> Tensor:
+                return self._fake_weight(layer, weight, scales)
+
+            result = self._floats(batch, rounded, stepped)[self.plan.result]
         else:
             result = self._integers(batch)
         return result.reshape(len(result), *self.plan.shape)
@@ -146,9 +149,9 @@ class QuantizedNetwork(nn.Module):
             )
         return values
 
-    def _fake_weight(self, layer: Layer, weight: Tensor) -> Tensor:
+    def _fake_weight(self, layer: Layer, weight: Tensor, scales: Mapping[str, float]) -> Tensor:
         """A weight as its integers would be, with the gradient of the weight itself."""
-        scale = self._steps(layer, self.scales()).to(weight.device, weight.dtype)
+        scale = self._steps(layer, scales).to(weight.device, weight.dtype)
         with torch.no_grad():
             steps = torch.clamp(torch.round(weight / scale), -127, 127) * scale
         return weight + (steps - weight).detach()
@@ -187,15 +190,13 @@ class QuantizedNetwork(nn.Module):
         tensors = self.weights(layer)
         weight, bias = tensors.weight.detach().double().cpu(), tensors.bias.detach().double().cpu()
         into, out = scales[layer.inputs[0]], scales[layer.output]
-        largest = weight.flatten(1).abs().amax(1)
         if layer.kind == "rnn":  # states have a scale of their own, and one accumulator takes both
             width = weight.shape[1] - weight.shape[0]
-            ratio = scales[layer.output] / into
-            largest = torch.maximum(weight[:, :width].abs().amax(1), weight[:, width:].abs().amax(1) * ratio)
+            weight = torch.cat((weight[:, :width], weight[:, width:] * (out / into)), 1)
+        magnitudes = weight.flatten(1).abs()
         least = torch.maximum(bias.abs() / (into * 2.0**BIAS_BITS), torch.tensor(out / into * 2.0**-30))
-        whole = weight if layer.kind != "rnn" else torch.cat((weight[:, :width], weight[:, width:] * ratio), 1)
-        sums = whole.flatten(1).abs().sum(1) / (1.45 * 2.0**23)  # of inputs of 128, beside a bias: 31 bits in all
-        found = torch.maximum(torch.maximum(largest / HIGH, least), sums)
+        sums = magnitudes.sum(1) / (1.45 * 2.0**23)  # of inputs of 128, beside a bias: 31 bits in all
+        found = torch.maximum(torch.maximum(magnitudes.amax(1) / HIGH, least), sums)
         if self._decides(layer):
             found = found.max().expand(len(found))  # accumulators must compare
         if self.power_of_two:
