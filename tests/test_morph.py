@@ -19,11 +19,12 @@ from anyfit.engine import load_model
 from anyfit.errors import InputError, TaskError
 from anyfit.schema import Schema
 from anyfit.shrink.channels import difference, random_batch
-from anyfit.shrink.morph import grow, morph, morphs, weights_hash
+from anyfit.shrink.morph import grow, morph, morphs
 from anyfit.state import State
 from anyfit.task import task_values
 from anyfit.tasks.edits import Skip, apply_edits
 from anyfit.tasks.shrunk import Morphed
+from anyfit.worker import hash_of
 
 
 def outputs(model: nn.Module, inputs: Tensor, *, training: bool) -> Tensor:
@@ -270,7 +271,7 @@ def test_a_child_is_a_task_that_knows_edits_and_parent_and_shares_nothing() -> N
     random = torch.get_rng_state()
     (one, first), (two, second) = (morph(task, state, "wider", "layers.0", width=12) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), random)
-    assert isinstance(one, Morphed) and one == two and one.label == "exact" and one.parent == weights_hash(state.model)
+    assert isinstance(one, Morphed) and one == two and one.label == "exact" and one.parent == hash_of(state.model)
     for name, tensor in first.model.items():
         assert torch.equal(tensor, second.model[name])
     assert not storages(first.model) & storages(second.model) and not storages(first.model) & storages(state.model)
@@ -286,7 +287,7 @@ def test_a_grandchild_is_built_from_json_and_trained_on() -> None:
     grandchild, last = morph(child, weights, "narrow", "layers.3", width=4)
     values = json.loads(json.dumps(task_values(grandchild)))
     assert values["label"] == "inherit" and values["task"]["values"]["label"] == "exact"
-    assert values["parent"] == weights_hash(weights.model) and values["task"]["values"]["parent"] == weights_hash(state.model)
+    assert values["parent"] == hash_of(weights.model) and values["task"]["values"]["parent"] == hash_of(state.model)
     schema = Schema.from_json(state.schema or {})
     inner = Morphed(task=task, **{name: value for name, value in values["task"]["values"].items() if name != "task"})
     again = Morphed(task=inner, **{name: value for name, value in values.items() if name != "task"})
@@ -299,8 +300,8 @@ def test_a_grandchild_is_built_from_json_and_trained_on() -> None:
 def test_the_hash_of_weights_is_of_names_and_values() -> None:
     weights = {"a": torch.arange(3.0), "b": torch.zeros(2)}
     same = {"b": torch.zeros(2), "a": torch.arange(3.0)}
-    assert weights_hash(weights) == weights_hash(same)
-    assert weights_hash(weights) != weights_hash({"a": torch.arange(3.0), "c": torch.zeros(2)})
-    assert weights_hash(weights) != weights_hash({"a": torch.arange(3.0), "b": torch.ones(2)})
-    assert weights_hash({"a": torch.zeros(2, 3)}) != weights_hash({"a": torch.zeros(3, 2)})
+    assert hash_of(weights) == hash_of(same)
+    assert hash_of(weights) != hash_of({"a": torch.arange(3.0), "c": torch.zeros(2)})
+    assert hash_of(weights) != hash_of({"a": torch.arange(3.0), "b": torch.ones(2)})
+    assert hash_of({"a": torch.zeros(2, 3)}) != hash_of({"a": torch.zeros(3, 2)})
     assert set(NETS) >= {"residual", "lstm"}

@@ -8,7 +8,6 @@ The others (narrow, drop, replace, split below it) *inherit* what overlaps.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,8 +26,15 @@ from anyfit.state import State
 from anyfit.task import Task
 from anyfit.tasks.edits import CONVOLUTIONS, apply_edits, indices_of, other_kinds
 from anyfit.tasks.shrunk import Morphed, Quantized
+from anyfit.worker import hash_of
 
-__all__ = ["KINDS", "Child", "grow", "morph", "morphs", "weights_hash"]
+__all__ = [
+    "KINDS",
+    "Child",
+    "grow",
+    "morph",
+    "morphs",
+]
 
 KINDS = ("wider", "deeper", "kernel", "skip", "split", "narrow", "drop", "replace")
 TOLERANCE = 1e-12  # relative, in float64
@@ -66,18 +72,8 @@ def morph(
     request |= {"layer": layer} if layer is not None else {}
     child = grow(task, parent, found.row() if batch is None else batch, **request, **options)
     before = dict(parent.state_dict())
-    morphed = Morphed(task=task, edits=child.edits, label=child.label, parent=weights_hash(before))  # type: ignore[arg-type]
+    morphed = Morphed(task=task, edits=child.edits, label=child.label, parent=hash_of(before))  # type: ignore[arg-type]
     return morphed, state_of(child.model, found)
-
-
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values."""
-    hasher = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        dense = tensor.detach().cpu().contiguous()
-        hasher.update(f"{name} {dense.dtype} {list(dense.shape)} ".encode())
-        hasher.update(dense.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
 
 
 def grow(task: Task, model: nn.Module, batch: Any, *, edit: str, layer: str, **options: Any) -> Child:

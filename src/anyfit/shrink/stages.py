@@ -6,7 +6,7 @@ A figure is a value with its kind: "measured" on this machine or on what was wri
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +27,8 @@ from anyfit.shrink import compiled, onnx
 from anyfit.shrink.export import RAW, Array, Artifact, program_of, raw_rows
 from anyfit.shrink.opened import Opened, first_row
 from anyfit.shrink.resources import Resources, program_resources, resources
-from anyfit.task import Step, Task
-from anyfit.tasks.shrunk import Shrunk
+from anyfit.task import Task
+from anyfit.tasks.shrunk import Answered
 from anyfit.values import Plan
 
 __all__ = ["OWN", "Bench", "Stage", "compiled_stage", "onnx_stage", "stage_of"]
@@ -123,25 +123,6 @@ class _Answers(nn.Module):
         return self.results[self.at - count : self.at]
 
 
-class _Answered(Shrunk):
-    """A task whose model is what it answers, as a network that runs elsewhere."""
-
-    def forward(self, model: nn.Module, batch: Any) -> Any:
-        return model(batch)
-
-    def step(self, model: nn.Module, batch: Any) -> Step:
-        return Task.step(self, model, batch)
-
-    def evaluate_step(self, model: nn.Module, batch: Any) -> Step:
-        return Task.evaluate_step(self, model, batch)
-
-    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
-        return Task.evaluate(self, model, batches)
-
-    def predict(self, model: nn.Module, batch: Any) -> Any:
-        return model(batch)
-
-
 def _worth(figures: Mapping[str, Any]) -> tuple[Figures, dict[str, Any]]:
     """An evaluation as metrics, and what it gave beside them."""
     numbers = {name: value for name, value in figures.items() if isinstance(value, int | float) and name != "rows"}
@@ -151,7 +132,7 @@ def _worth(figures: Mapping[str, Any]) -> tuple[Figures, dict[str, Any]]:
 # ------------------------------------------------------------------ a task with its weights
 
 
-class _Predicted(_Answered):
+class _Predicted(Answered):
     """A task whose figures are those of its predictions, as they are of a network that runs elsewhere."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -246,7 +227,7 @@ def compiled_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench)
     if expected.accumulators is not None:  # equal answers say that they were equal
         real = expected.accumulators * program.result_scale
     shape = (rows, *program.operations[-1].shape)
-    worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(real).float().reshape(shape)), schema))
+    worth, tables = _worth(bench.evaluate(Answered(task=task), _Answers(torch.from_numpy(real).float().reshape(shape)), schema))
     about: dict[str, Any] = {"equal": {"rows": rows, "answers": True, "logits": True}}
     figures = _told("measured", latency_us=ran.microseconds)
     if told["measured"]:
@@ -276,7 +257,7 @@ def onnx_stage(artifact: Artifact, task: Task, schema: Schema, bench: Bench) -> 
     count = len(raw[wanted[0]])
     step = max(1, min(count, (bench.plan.batch_size or 32) * 4))
     results = [session.run(None, {name: raw[name][start : start + step] for name in wanted})[0] for start in range(0, count, step)]
-    worth, tables = _worth(bench.evaluate(_Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), schema))
+    worth, tables = _worth(bench.evaluate(Answered(task=task), _Answers(torch.from_numpy(np.concatenate(results))), schema))
     one = {name: raw[name][:1] for name in wanted}
     figures = _told("measured", weights_bytes=artifact.figures["bytes"], latency_us=_latency(lambda: session.run(None, one)))
     about: dict[str, Any] = {"int8": artifact.program is not None}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from anyfit.engine import Trainer
 
-__all__ = ["Morphed", "Pruned", "Quantized", "Shrunk", "check_amount", "prunable", "prune_to", "zeros_kept"]
+__all__ = ["Answered", "Morphed", "Pruned", "Quantized", "Shrunk", "check_amount", "prunable", "prune_to", "zeros_kept"]
 
 RAMPS, SCOPES = ("cubic", "linear", "once"), ("global", "layer")
 LEVELS = 100  # into which a ramp is divided: weights are sorted that often, not at every step
@@ -193,7 +193,26 @@ class Morphed(Shrunk):
         return apply_edits(super().build_model(schema), self.edits)
 
 
-class Quantized(Shrunk):
+class Answered(Shrunk):
+    """A task whose model takes batches as they are and gives predictions, by which alone it is judged: a network that runs elsewhere."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch)
+
+    def step(self, model: nn.Module, batch: Any) -> Step:
+        return Task.step(self, model, batch)
+
+    def evaluate_step(self, model: nn.Module, batch: Any) -> Step:
+        return Task.evaluate_step(self, model, batch)
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
+        return Task.evaluate(self, model, batches)
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch)
+
+
+class Quantized(Answered):
     """A network of int8 operations: in training with gradients, in evaluation with the integers that an exported one computes with.
 
     `inputs`: names, types and shapes of a row, which it is traced with. `power_of_two`: scales such that a device shifts and does not multiply.
@@ -213,21 +232,6 @@ class Quantized(Shrunk):
     def lowered(self, model: nn.Module) -> Any:
         """The network within as float operations."""
         return lower(trace(self.task.predict, model, row_of(self.inputs)))
-
-    def forward(self, model: nn.Module, batch: Any) -> Any:
-        return model(batch)
-
-    def step(self, model: nn.Module, batch: Any) -> Step:
-        return Task.step(self, model, batch)
-
-    def evaluate_step(self, model: nn.Module, batch: Any) -> Step:
-        return Task.evaluate_step(self, model, batch)
-
-    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
-        return Task.evaluate(self, model, batches)
-
-    def predict(self, model: nn.Module, batch: Any) -> Any:
-        return model(batch)
 
     def train_step(self, trainer: Trainer, window: Iterable[Any]) -> Step | None:
         for method in ("train_step", "step"):
