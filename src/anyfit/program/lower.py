@@ -144,6 +144,7 @@ class _Lowering:
         self.layers: list[Layer] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.values: dict[str, Any] = {}  # node -> name of a value, a constant tensor, _Raw, or what a tuple holds
+        self.inputs: dict[str, Tensor] = {}  # that are used, as the trace had them
         self.quantized: dict[str, str] = {}  # input -> its int8 value
 
     def walk(self) -> None:
@@ -159,7 +160,9 @@ class _Lowering:
             return self.values[argument.name]
         if argument.name in self.traced.tensors:
             return self.traced.tensors[argument.name].detach()
-        name, shape = self.traced.inputs[argument.name], tuple(argument.meta["val"].shape)[1:]
+        name = self.traced.inputs[argument.name]
+        self.inputs[name] = argument.meta["val"]
+        shape = tuple(self.inputs[name].shape)[1:]
         return self.values.setdefault(argument.name, _Raw(name, list(range(math.prod(shape))), shape))
 
     def _node(self, node: fx.Node) -> Any:
@@ -753,17 +756,13 @@ class _Lowering:
                 layer.name = f"{layer.name}_{twice[layer.name]}"
         given = {name for layer in self.layers for name in layer.inputs}
         inputs = []
-        for placeholder, name in self.traced.inputs.items():
+        for name in self.traced.inputs.values():
             if name in given:
-                value = next(n for n in self._placeholders() if n.name == placeholder).meta["val"]
+                value = self.inputs[name]
                 inputs.append({"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape[1:])})
         if not inputs:
             raise TaskError("predict uses no entry of the batch; it must compute its result from the inputs")
         return Layers(tuple(self.layers), tuple(inputs), self.result, self.shape)
-
-    def _placeholders(self) -> list[fx.Node]:
-        graph = self.traced.outputs[0].graph
-        return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _applied(target: Callable[..., Tensor], others: Mapping[str, Any], x: Tensor) -> Tensor:
